@@ -1,0 +1,18 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """An impossible setting or input, told in one line that names the config key and the fix.
+
+    The entry points print the message without a traceback and exit with status 2. Anything else that is raised is a
+    bug (or a user's own function) and keeps its traceback.
+
+    Example:
+        >>> raise UserError("model.path: no such folder: ./llm. Set model.path to a folder that holds config.json.")
+        Traceback (most recent call last):
+        ...
+        rltoken.errors.UserError: model.path: no such folder: ./llm. Set model.path to a folder that holds config.json.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

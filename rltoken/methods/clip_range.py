@@ -1,0 +1,13 @@
+"""A clip range that may differ from the trainer's, as a bounds stage.
+
+Paper (asymmetric range, "clip-higher"): Yu et al., "DAPO", 2025 (arXiv 2503.14476): eps_low 0.2, eps_high 0.28.
+
+    min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+
+For TRL's `cispo` loss eps_high is the absolute cap of the ratio, not a distance from 1.
+"""
+
+
+def clip_range(*, low: float = 0.2, high: float = 0.28) -> tuple[float, float]:
+    """The same range for every token."""
+    return low, high

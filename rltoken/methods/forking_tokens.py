@@ -1,0 +1,48 @@
+"""Update only the tokens at which the policy was undecided ("forking tokens").
+
+Paper: Wang et al., "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM
+Reasoning", 2025 (arXiv 2506.01939).
+
+    tau_rho = the (1 - rho) quantile of the entropies of all trained tokens
+    w_t     = 1[H_t >= tau_rho]
+
+The loss divides by all tokens, as TRL's `top_entropy_quantile` does, so rho = 0.2 makes it about five times smaller.
+
+Deviation: TRL takes the quantile over each micro-batch of the live forward. `forks` takes it over the whole generation
+window under the policy that sampled, so that accumulation does not change the algorithm; `forks_microbatch` is TRL's
+reading (of one process).
+"""
+
+import torch
+from torch import Tensor
+
+from rltoken.ops import quantile
+
+
+def forks(old_entropy: Tensor, mask: Tensor, *, rho: float = 0.2) -> Tensor:
+    """Keep the top `rho` of the window's tokens by the entropy of the policy that sampled.
+
+    Args:
+        old_entropy: [B, T] nats.
+        mask: [B, T] 1 on trained tokens.
+        rho: share of tokens to keep, in (0, 1].
+
+    Returns:
+        [B, T] weights, 0 or 1; 0 wherever `mask` is.
+    """
+    return top_entropy(old_entropy, mask, rho)
+
+
+def forks_microbatch(entropy: Tensor, mask: Tensor, *, rho: float = 0.2) -> Tensor:
+    """Keep the top `rho` of a micro-batch's tokens by the live entropy [B, T]: TRL's reading."""
+    return top_entropy(entropy.detach(), mask, rho)
+
+
+def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    """[B, T] 1 on the trained tokens whose entropy reaches the (1 - rho) quantile of all trained tokens."""
+    assert entropy.shape == mask.shape, (entropy.shape, mask.shape)
+    trained = mask.bool()
+    if not trained.any():
+        return torch.zeros_like(entropy)
+    threshold = quantile(entropy[trained].float(), 1 - rho)
+    return ((entropy >= threshold) & trained).to(entropy.dtype)

@@ -1,0 +1,322 @@
+"""A method is a pipeline of typed stages; the signature of a stage says what it needs and when it runs.
+
+A stage is a callable. Its positional parameters name the signals it needs (`rltoken.types` lists them), its
+keyword-only parameters are its settings. Naming a live signal makes it a forward stage; any other runs once per
+generation window, on whole groups. Slots, in the order in which they act:
+
+    prompts   (inputs, ...) -> inputs                      before generation
+    controls  (progress, last_window) -> settings          before generation
+    rows      (rollout, sampler) -> rollout                added, dropped, refilled rows
+    shapes    signals -> rewards [B]                       chain
+    credits   signals -> advantages [B] or [B, T]          chain
+    bounds    signals -> (eps_low, eps_high)               numbers or [B, T]; the last one wins
+    weights   signals -> [B, T] or [B], >= 0               multiplied together
+    ratios    signals -> [B, T]                            replaced old log-probabilities; the last one wins
+    aux       signals -> [B, T] or [B] or (that, metrics)  losses, unreduced; added together
+
+A stage acts on thinking rows unless its setting `kinds` names others: it sees those rows only, and leaves the rest
+as they were. What keeps state is an object with `__call__`, `state_dict` and `load_state_dict`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rltoken.errors import UserError
+from rltoken.signals import rows_of
+from rltoken.types import LIVE, SAMPLED, SCORED, THINKING
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+WINDOW = {**SAMPLED, **SCORED}
+SLOTS: dict[str, dict[str, str]] = {
+    "prompts": {name: SAMPLED[name] for name in ("inputs", "group", "progress", "rng")},
+    "controls": {"progress": SAMPLED["progress"], "last_window": "LastWindow of the window before, or None"},
+    "rows": {"rollout": "Rollout", "sampler": "Sampler"},
+    "shapes": SAMPLED,
+    "credits": WINDOW,
+    "bounds": {**WINDOW, **LIVE},
+    "weights": {**WINDOW, **LIVE},
+    "ratios": {**WINDOW, **LIVE},
+    "aux": {**WINDOW, **LIVE},
+}
+"""The slots in the order in which they act, each with the signals that its stages may name."""
+TOKEN_SLOTS = ("bounds", "weights", "ratios")
+ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
+"""The loss types of TRL whose divisor counts rows."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A callable with what its signature says: the config key, the signals it names and the kinds of rows it sees."""
+
+    key: str
+    call: Callable[..., Any]
+    needs: tuple[str, ...]
+    kinds: tuple[str, ...] = (THINKING,)
+
+    @property
+    def live(self) -> bool:
+        """Whether it runs inside the training forward."""
+        return any(name in LIVE for name in self.needs)
+
+    def run(self, signals: Mapping[str, Any]) -> Any:
+        """Call the stage on the signals it names; whatever it raises is re-raised as a UserError with its key."""
+        try:
+            return self.call(*(signals[name] for name in self.needs))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.key}: the stage raised {type(error).__name__}: {_first_line(error)}. Mend the stage, or leave "
+                f"it out with '~{self.key}'."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of a method, by slot, each slot in the order of the config."""
+
+    slots: Mapping[str, tuple[Stage, ...]]
+
+    def __getitem__(self, slot: str) -> tuple[Stage, ...]:
+        return self.slots.get(slot, ())
+
+    def stages(self, *slots: str, live: bool | None = None) -> list[Stage]:
+        """The stages of `slots` (of all when none is named), of one timing only when `live` is given."""
+        chosen = [stage for slot in slots or SLOTS for stage in self[slot]]
+        return [stage for stage in chosen if live is None or stage.live == live]
+
+    def needs(self, name: str) -> bool:
+        """Whether any stage names the signal."""
+        return any(name in stage.needs for stage in self.stages())
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of each stage that keeps any, by its key."""
+        return {s.key: s.call.state_dict() for s in self.stages() if hasattr(s.call, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            UserError: the checkpoint lacks a stage's state, or holds one of a stage that is not there.
+        """
+        stateful = {s.key: s.call for s in self.stages() if hasattr(s.call, "load_state_dict")}
+        if stateful.keys() != state.keys():
+            raise UserError(
+                f"resume: the checkpoint keeps the state of {sorted(state) or 'no stage'} but the method has "
+                f"{sorted(stateful) or 'none'}; resume with the method of the checkpoint."
+            )
+        for key, call in stateful.items():
+            call.load_state_dict(state[key])
+
+    def check(self, args: GRPOConfig) -> None:
+        """Refuse combinations with the trainer's arguments that make no sense.
+
+        Raises:
+            UserError: names the keys, the reason and the fix.
+        """
+        _check_groups(args)
+        _check_token_credit(self, args)
+        _check_added_rows(self, args)
+        if self["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
+            raise UserError(
+                f"{self['shapes'][0].key}: a shape stage needs the weighted sum of the rewards, which "
+                f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
+                "sum_then_normalize."
+            )
+
+
+def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
+    """Read the signatures of instantiated stages.
+
+    Args:
+        stages: slot -> name -> callable, as `method` of the config instantiates.
+
+    Raises:
+        UserError: an unknown slot or signal, a setting without a value, a signature that cannot be read.
+    """
+    for slot in stages:
+        if slot not in SLOTS:
+            raise UserError(f"method.{slot}: there is no such slot{_nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}.")
+    return Pipeline(
+        {
+            slot: tuple(_stage(slot, f"method.{slot}.{name}", call) for name, call in (stages.get(slot) or {}).items())
+            for slot in SLOTS
+        }
+    )
+
+
+def act(
+    stage: Stage, signals: Mapping[str, Any], *bases: Tensor, kinds: Sequence[str] | None = None
+) -> tuple[Tensor, ...]:
+    """Run a stage on the rows of its kinds and put its results in the place of those rows of `bases`.
+
+    Args:
+        signals: every signal the stage names, for B rows.
+        bases: one [B] or [B, T] tensor per result: what the rows keep on which the stage does not act.
+        kinds: the kind of each row; None where all are thinking rows.
+
+    Returns:
+        One tensor per base, of its shape; a [B] result is spread over the tokens of a [B, T] base.
+
+    Raises:
+        UserError: a result of another shape, or another number of results.
+    """
+    acts = [THINKING in stage.kinds] * bases[0].size(0) if kinds is None else [kind in stage.kinds for kind in kinds]
+    if not any(acts):
+        return bases
+    if all(acts):
+        return tuple(fit(stage, value, base) for value, base in zip(_results(stage, signals, bases), bases, strict=True))
+    rows = torch.tensor(acts, device=bases[0].device).nonzero().squeeze(1)
+    values = _results(stage, rows_of(signals, rows), bases)
+    return tuple(
+        base.index_copy(0, rows, fit(stage, value, base[rows]).to(base.dtype))
+        for value, base in zip(values, bases, strict=True)
+    )
+
+
+def _results(stage: Stage, signals: Mapping[str, Any], bases: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    value = stage.run(signals)
+    values = value if isinstance(value, tuple) else (value,)
+    if len(values) != len(bases):
+        raise UserError(f"{stage.key}: the stage returned {len(values)} values where {len(bases)} are needed.")
+    return values
+
+
+def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
+    """Give a stage's result, a number, [B] or [B, T], the shape of `base`.
+
+    Raises:
+        UserError: it has neither.
+    """
+    value = torch.as_tensor(value, device=base.device)
+    if not value.is_floating_point():
+        value = value.to(torch.get_default_dtype())
+    if value.shape == base.shape:
+        return value
+    if value.dim() == 0:
+        return value.expand_as(base)
+    if base.dim() == 2 and value.dim() == 1 and value.size(0) == base.size(0):
+        return value.unsqueeze(1).expand_as(base)
+    raise UserError(
+        f"{stage.key}: the stage returned the shape {list(value.shape)} where {list(base.shape)} or [{base.size(0)}] is "
+        "needed; return one value per row or per token of the signals it was given."
+    )
+
+
+def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
+    if not callable(call):
+        raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
+    call, kinds = _take_kinds(call)
+    needs = []
+    for parameter in inspect.signature(call).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise UserError(f"{key}: the stage takes *{parameter.name}; name each signal and each setting instead.")
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.default is parameter.empty:
+                raise UserError(f"{key}.{parameter.name}: the setting has no value; set {key}.{parameter.name}=...")
+        else:
+            needs.append(parameter.name)
+    for name in needs:
+        _check_signal(slot, key, name)
+    stage = Stage(key, call, tuple(needs), kinds)
+    if slot == "aux" and not stage.live:
+        raise UserError(f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}.")
+    return stage
+
+
+def _check_signal(slot: str, key: str, name: str) -> None:
+    allowed = SLOTS[slot]
+    if name in allowed:
+        return
+    if name in WINDOW or name in LIVE:
+        raise UserError(
+            f"{key}: the signal '{name}' cannot be had in the slot '{slot}', which runs before it exists; there are: "
+            f"{', '.join(allowed)}."
+        )
+    raise UserError(f"{key}: there is no signal '{name}'{_nearest(name, allowed)}; there are: {', '.join(allowed)}.")
+
+
+def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """Split off the setting `kinds`, which is the pipeline's, unless the stage declares it itself."""
+    target = call.func if isinstance(call, functools.partial) else call
+    declared = inspect.signature(target).parameters.get("kinds")
+    kinds = declared.default if declared is not None else (THINKING,)
+    if isinstance(call, functools.partial) and "kinds" in call.keywords:
+        kinds = call.keywords["kinds"]
+        if declared is None:
+            settings = {name: value for name, value in call.keywords.items() if name != "kinds"}
+            call = functools.partial(call.func, *call.args, **settings)
+    elif declared is None:
+        kinds = getattr(call, "kinds", kinds)
+    return call, (kinds,) if isinstance(kinds, str) else tuple(kinds)
+
+
+def _check_groups(args: GRPOConfig) -> None:
+    local = args.per_device_train_batch_size * args.steps_per_generation
+    if local % args.num_generations:
+        raise UserError(
+            f"trainer.num_generations: a group of {args.num_generations} would be split over ranks: each holds "
+            f"per_device_train_batch_size x steps_per_generation = {args.per_device_train_batch_size} x "
+            f"{args.steps_per_generation} = {local} rows; make that a multiple of num_generations."
+        )
+
+
+def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
+    token_stages = pipeline.stages(*TOKEN_SLOTS)
+    if token_stages and args.importance_sampling_level == "sequence":
+        raise UserError(
+            f"trainer.importance_sampling_level: 'sequence' averages the ratio over a response and so erases the "
+            f"per-token effect of {token_stages[0].key}; set it to 'token' and add '+ratio=gspo_token'."
+        )
+    if args.loss_type == "vespo" and (pipeline["credits"] or token_stages):
+        raise UserError(
+            f"trainer.loss_type: 'vespo' weighs whole sequences, so {(pipeline['credits'] or token_stages)[0].key} "
+            "cannot act on its tokens; use grpo, dr_grpo, dapo or cispo."
+        )
+    if pipeline["bounds"] and args.loss_type == "sapo":
+        raise UserError(
+            f"trainer.loss_type: '{args.loss_type}' does not clip, so {pipeline['bounds'][0].key} would do nothing; "
+            "use grpo, dr_grpo, dapo, bnpo, luspo or cispo."
+        )
+
+
+def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:
+    if not pipeline["rows"]:
+        return
+    key = pipeline["rows"][0].key
+    if args.loss_type == "bnpo":
+        raise UserError(
+            f"trainer.loss_type: 'bnpo' divides by the tokens of a micro-batch, so the rows that {key} may add would "
+            "change its divisor at random; use dapo, dr_grpo or grpo."
+        )
+    if args.mask_truncated_completions:
+        raise UserError(
+            f"trainer.mask_truncated_completions: {key} may add rows that end without an end-of-sequence token, which "
+            "this would silently mask; set it to false."
+        )
+    if args.entropy_coef or args.use_adaptive_entropy:
+        raise UserError(
+            f"trainer.entropy_coef: TRL's entropy bonus would also act on the rows that {key} may add; use "
+            "'+aux=entropy_bonus' instead, which acts on thinking rows."
+        )
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"

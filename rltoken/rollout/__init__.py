@@ -1,0 +1,1 @@
+"""What happens between a prompt and a training batch: sampling, added rows, packs."""

@@ -1,0 +1,114 @@
+"""The sampler that rows stages draw from: the trainer's own generation and graders, in batched calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rltoken.types import Continuation, Progress, Rollout, Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rltoken.trl_compat import SeamTrainer
+
+
+class PromptStream:
+    """Prompts of a data set in an order of its own, shuffled anew each epoch, with a cursor that checkpoints keep.
+
+    Ranks draw disjoint prompts: rank r takes every `ranks`-th one, counted from r.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int, rank: int, ranks: int) -> None:
+        self._dataset, self._seed, self._rank, self._ranks = dataset, seed, rank, ranks
+        self.cursor = 0
+        self._epoch_order: tuple[int, Tensor] | None = None
+
+    def draw(self, n: int) -> list[dict[str, Any]]:
+        """The next `n` prompts of this rank."""
+        places = range(self.cursor * self._ranks + self._rank, (self.cursor + n) * self._ranks, self._ranks)
+        self.cursor += n
+        return [self._dataset[index] for index in self._indices(places)]
+
+    def _indices(self, places: Sequence[int]) -> Iterator[int]:
+        for place in places:
+            epoch, offset = divmod(place, len(self._dataset))
+            if self._epoch_order is None or self._epoch_order[0] != epoch:
+                generator = torch.Generator().manual_seed(self._seed * 7_919 + epoch)
+                self._epoch_order = (epoch, torch.randperm(len(self._dataset), generator=generator))
+            yield int(self._epoch_order[1][offset])
+
+
+class TrainerSampler:
+    """`rltoken.types.Sampler` over a trainer's generation back end and reward functions."""
+
+    def __init__(self, trainer: SeamTrainer, *, think_end_id: int | None, stream: PromptStream) -> None:
+        self._trainer, self.think_end_id, self.stream = trainer, think_end_id, stream
+
+    def generate(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[Continuation]:
+        """One continuation per context, in one batched call."""
+        asked = self.most(len(contexts))
+        if not asked:
+            return []
+        filler = [contexts[0] if contexts else self._trainer.eos_token_ids[:1]]
+        padded = [*contexts, *(filler * (asked - len(contexts)))]
+        ids, logps = self._trainer.sample([list(context) for context in padded], max_new_tokens=max_new_tokens)
+        return [
+            Continuation(row, logps[i] if logps is not None else None) for i, row in enumerate(ids[: len(contexts)])
+        ]
+
+    def grade(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        """[n, F] raw rewards of completions to the prompts of `inputs`."""
+        asked = self.most(len(inputs))
+        padding = asked - len(inputs)
+        inputs = [*inputs, *([inputs[0] if inputs else self._trainer.train_dataset[0]] * padding)]
+        ids = [*map(list, completion_ids), *([self._trainer.eos_token_ids[:1]] * padding)]
+        return self._trainer.grade(inputs, self._trainer.decode(inputs, ids), ids)[0][: asked - padding]
+
+    def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
+        """Completions of the prompts of `inputs`, one each, graded.
+
+        Ranks may ask for different numbers: the shorter ones repeat rows and drop the results, since reward functions
+        and back ends are called in step.
+        """
+        trainer, inputs = self._trainer, list(inputs)
+        asked = self.most(len(inputs))
+        filler = inputs[:1] or [trainer.train_dataset[0]]
+        padded = inputs + filler * (asked - len(inputs))
+        size = trainer.num_generations
+        prompt_ids = trainer.tokenize(padded)
+        ids, logps = trainer.sample(prompt_ids, num_generations=size if asked % size == 0 else 1)
+        texts = trainer.decode(padded, ids)
+        rewards, extras = trainer.grade(padded, texts, ids)
+        n = len(inputs)
+        rows = [
+            Row(prompt_ids[i], ids[i], [1] * len(ids[i]), logps[i] if logps is not None else None, parent=i)
+            for i in range(n)
+        ]
+        progress = Progress(trainer.state.global_step, trainer.state.max_steps)
+        return Rollout(inputs, texts[:n], rewards[:n], rows, progress, size, extras[:n])
+
+    def draw(self, n: int) -> list[dict[str, Any]]:
+        """The next `n` prompts of the sampler's own stream."""
+        drawn = self.stream.draw(self.most(n))
+        return drawn[:n]
+
+    def total(self, rewards: Tensor) -> Tensor:
+        """[n] weighted sum of [n, F] raw rewards; NaN where every function returned None."""
+        return weighted_sum(rewards, self._trainer.reward_weights)
+
+    def most(self, n: int) -> int:
+        """The largest `n` over the ranks."""
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            return n
+        return int(accelerator.gather(torch.tensor([n], device=accelerator.device)).max())
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """[n] weighted sum of [n, F] raw rewards as TRL forms it: NaN left out, NaN where there is nothing else."""
+    total = (rewards * weights.to(rewards).unsqueeze(0)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)

@@ -1,0 +1,12 @@
+"""The embedded world: verifiable problems, a tiny model that reasons about them, and nothing to download.
+
+`rltoken.tiny.warm_start` is the function here; the module of that name is found by `from rltoken.tiny.warm_start import`.
+"""
+
+from rltoken.tiny.data import problems
+from rltoken.tiny.reward import accuracy, answer
+from rltoken.tiny.tokenizer import build_tokenizer
+from rltoken.tiny.warm_start import warm_start
+from rltoken.tiny.world import World
+
+__all__ = ["World", "accuracy", "answer", "build_tokenizer", "problems", "warm_start"]

@@ -1,0 +1,519 @@
+"""TokenGRPOTrainer: TRL's GRPOTrainer with a pipeline of stages plugged into its two seams.
+
+    make_window   prompts, controls -> [sample, grade, rows] -> TRL's window (shapes) -> credits, bounds, weights, ratios
+    step_loss     one forward -> forward bounds, weights, ratios -> TRL's loss -> auxiliary losses
+
+It holds no algorithm: methods live in `rltoken.methods`, what stages see in `rltoken.signals`, TRL's private names in
+`rltoken.trl_compat`. With an empty pipeline it trains bit for bit as GRPOTrainer does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rltoken.errors import UserError
+from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, fit
+from rltoken.rng import forked_rng
+from rltoken.rollout import packs
+from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
+from rltoken.signals import NEVER_GATHERED, Signals, gathered, sampled_makers, thinking_length, window_rng
+from rltoken.trl_compat import Replay, SeamTrainer, gather_list
+from rltoken.types import LIVE, PADDING, THINKING, LastWindow, Progress, Rollout, Row
+
+CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high")
+"""What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
+FORWARD = ("mask", "ids", "advantages", "old_logps", "progress", "rng")
+"""Window signals that a forward has of itself, so that they need not ride along with the rows."""
+CARRIED = "signal_"
+"""Prefix of the keys under which the other ones do."""
+
+
+class TokenGRPOTrainer(SeamTrainer):
+    """GRPOTrainer that runs the stages of a pipeline.
+
+    Args (besides GRPOTrainer's):
+        pipeline: the method, from `rltoken.pipeline.build`; an empty one is plain GRPO.
+        think_end_id: the token that ends thinking; None where the model does not think.
+        pack_tokens: tokens (padding counted) that one forward and backward may hold; None leaves TRL's micro-batches.
+        normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
+            only) or 'all'.
+        answer_fn: text -> final answer in a normal form or None; needed by stages that name `answers`.
+
+    Raises:
+        UserError: a combination that makes no sense, before anything is sampled.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pipeline: Pipeline | None = None,
+        think_end_id: int | None = None,
+        pack_tokens: int | None = None,
+        normaliser: str = "thinking",
+        answer_fn: Callable[[str], str | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.pipeline = pipeline if pipeline is not None else build({})
+        self.think_end_id, self.pack_tokens, self.normaliser = think_end_id, pack_tokens, normaliser
+        self.answer_fn = answer_fn
+        self._rng: torch.Generator | None = None
+        self._last_window: LastWindow | None = None
+        self._raw: Tensor | None = None
+        self._shaped: Tensor | None = None
+        self._pack_shares: tuple[float, float] = (1.0, 1.0)
+        super().__init__(*args, **kwargs)
+        self.pipeline.check(self.args)
+        self._check()
+        self.sampler = TrainerSampler(
+            self,
+            think_end_id=think_end_id,
+            stream=PromptStream(
+                self.train_dataset,
+                seed=self.args.seed,
+                rank=self.accelerator.process_index,
+                ranks=self.accelerator.num_processes,
+            ),
+        )
+        self._configured = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        self._ends = frozenset([*self.eos_token_ids, self.processing_class.pad_token_id])
+
+    @property
+    def progress(self) -> Progress:
+        """Optimizer steps done and to do."""
+        return Progress(self.state.global_step, self.state.max_steps)
+
+    # Window: prompts, controls, rows, shapes, credits and what of the token stages needs no forward
+
+    def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of one generation window, on whole groups."""
+        self._rng = window_rng(self.args.seed, self.progress, self.accelerator.device)
+        inputs, rows, replay = self._prompt_stages(inputs), None, None
+        with self.completion_limit(self._control_stages()):
+            if self.pipeline["rows"]:
+                rollout = self._rows_stages(inputs)
+                inputs, rows, replay = rollout.inputs, rollout.rows, replay_of(rollout)
+            with self.recording(self._old_parts()):
+                window = self.stock_window(inputs, replay)
+        rows = rows_of_window(window) if rows is None else rows
+        self._log_rollout(rows, len(inputs))
+        if len(rows) > len(inputs):
+            self._spread_over_added_rows(window, rows, len(inputs))
+        if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux"):
+            local = self._local_signals(window, inputs, rows)
+            self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
+            self._carry(window, local, added=len(rows) > len(inputs))
+        return window
+
+    def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
+        """Run the shape stages on the gathered rewards of a graded rollout."""
+        self._raw, self._shaped = raw, None
+        if not self.pipeline["shapes"]:
+            return None
+        group = [i // self.num_generations for i in range(len(inputs))]
+        local = Signals(self._sampled_makers(inputs, lambda: texts, ids, group))
+        world = gathered(local, self.accelerator, gather_list)
+        world.put("rewards", weighted_sum(raw, self.reward_weights))
+        for stage in self.pipeline["shapes"]:
+            world.put("rewards", fit(stage, stage.run(world), world["rewards"]))
+        self._shaped = world["rewards"]
+        return self._shaped
+
+    def _prompt_stages(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        group = torch.arange(len(inputs)) // self.num_generations
+        for stage in self.pipeline["prompts"]:
+            signals = {"inputs": inputs, "group": group, "progress": self.progress, "rng": self._rng}
+            changed = stage.run(signals)
+            if len(changed) != len(inputs):
+                raise UserError(f"{stage.key}: returned {len(changed)} prompts for {len(inputs)}; return one for each.")
+            inputs = changed
+        return inputs
+
+    def _control_stages(self) -> int | None:
+        """Apply what the control stages set; the number of tokens to sample at most, if one sets it."""
+        settings: dict[str, float] = {}
+        for stage in self.pipeline["controls"]:
+            settings |= stage.run({"progress": self.progress, "last_window": self._last_window})
+            unknown = settings.keys() - set(CONTROLLED)
+            if unknown:
+                raise UserError(f"{stage.key}: {sorted(unknown)} cannot be controlled; return {', '.join(CONTROLLED)}.")
+        for name, value in settings.items():
+            self.log_window_metric(f"control/{name}", float(value))
+        settings = self._configured | settings
+        self.epsilon_low, self.epsilon_high = settings["epsilon"], settings["epsilon_high"]
+        longest = settings.get("max_completion_length")
+        if longest is not None and not 0 < longest <= self.max_completion_length:
+            raise UserError(
+                f"{self.pipeline['controls'][-1].key}: a completion length of {longest} is outside 1 to "
+                f"trainer.max_completion_length={self.max_completion_length}; raise that, or lower the schedule."
+            )
+        return longest
+
+    def _rows_stages(self, inputs: list[dict[str, Any]]) -> Rollout:
+        rollout = self.sampler.roll(inputs)
+        for stage in self.pipeline["rows"]:
+            rollout = stage.run({"rollout": rollout, "sampler": self.sampler})
+            check_rollout(stage, rollout, len(inputs))
+        # TRL's split drops a remainder silently, and ranks must hold equally many rows
+        steps = self.args.steps_per_generation
+        wanted = -(-self.sampler.most(len(rollout.rows)) // steps) * steps
+        filler = Row(rollout.rows[0].prompt_ids, [self.eos_token_ids[0]], [0], [0.0], PADDING, parent=0)
+        return dataclasses.replace(rollout, rows=rollout.rows + [filler] * (wanted - len(rollout.rows)))
+
+    def _log_rollout(self, rows: Sequence[Row], originals: int) -> None:
+        thinking = [thinking_length(row.completion_ids, self.think_end_id) for row in rows[:originals]]
+        mean = self.accelerator.gather(torch.tensor(thinking, device=self.accelerator.device)).float().mean().item()
+        self.log_window_metric("thinking_tokens", mean)
+        self.log_window_metric("rows_per_prompt", len(rows) / originals * self.num_generations)
+        self._last_window = LastWindow(
+            mean_length=self.last_metric("completions/mean_length"),
+            truncated=self.last_metric("completions/clipped_ratio"),
+            reward=weighted_sum(self._raw, self.reward_weights).nanmean().item(),
+        )
+
+    def _spread_over_added_rows(self, window: dict[str, Any], rows: Sequence[Row], originals: int) -> None:
+        """Give added rows their parent's advantage, and keep them out of the divisors unless they are to count."""
+        device = self.accelerator.device
+        window["advantages"] = window["advantages"][torch.tensor([row.parent for row in rows], device=device)]
+        if self.normaliser == "thinking":
+            tokens = packs.loss_mask(window)[:originals].sum()
+            window["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+            window["row_scale"] = torch.tensor(len(rows) / originals, device=device)
+
+    def _credit_stages(self, window: dict[str, Any], local: Signals, world: Signals) -> None:
+        """Run what acts on the scored window, in the order credits, bounds, weights, ratios."""
+        for stage in self.pipeline["credits"]:
+            advantages = self._on_window(stage, local, world, "advantages")
+            advantages = advantages.masked_fill(local["rewards"].isnan().unsqueeze(1), 0.0)
+            self._refuse_token_credit_per_sequence(stage, advantages, local["mask"])
+            local.put("advantages", advantages)
+            if world is not local:
+                world.put("advantages", self._gather_tokens(advantages))
+            window["advantages"] = advantages
+        for stage in self.pipeline.stages("bounds", live=False):
+            window["eps_low"], window["eps_high"] = self._bounds(stage, local)
+        for stage in self.pipeline.stages("weights", live=False):
+            local.put("unweighted", torch.ones_like(local["advantages"]))
+            if world is not local:
+                world.put("unweighted", torch.ones_like(world["advantages"]))
+            weights = non_negative(stage, self._on_window(stage, local, world, "unweighted"))
+            window["advantages"] = per_token(window["advantages"], weights) * weights
+        for stage in self.pipeline.stages("ratios", live=False):
+            window["old_per_token_logps"] = self._on_window(stage, local, world, "old_logps")
+
+    def _on_window(self, stage: Stage, local: Signals, world: Signals, base: str) -> Tensor:
+        """[B, T] of this rank: the stage's result on the rows it acts on, the signal `base` on the others."""
+        if not NEVER_GATHERED.isdisjoint(stage.needs):
+            return act(stage, local, local[base], kinds=local["kind"])[0]
+        (value,) = act(stage, world, world[base], kinds=world["kind"])
+        rows, columns = local[base].shape
+        start = 0 if world is local else self.accelerator.process_index * rows
+        return value[start : start + rows, :columns]
+
+    def _gather_tokens(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=1))
+
+    def _bounds(self, stage: Stage, signals: Signals) -> tuple[Tensor, ...]:
+        """[B, T] lower and upper clip range: the stage's on the rows of its kinds, the configured ones elsewhere."""
+        configured = (torch.full_like(signals["advantages"], value) for value in self._configured.values())
+        return act(stage, signals, *configured, kinds=signals["kind"])
+
+    def _refuse_token_credit_per_sequence(self, stage: Stage, advantages: Tensor, mask: Tensor) -> None:
+        if self.importance_sampling_level == "sequence":
+            spread = torch.where(mask > 0, advantages - advantages[:, :1], torch.zeros_like(advantages))
+            if spread.any():
+                raise UserError(
+                    f"trainer.importance_sampling_level: 'sequence' erases the per-token credit of {stage.key}; set it "
+                    "to 'token' and add '+ratio=gspo_token'."
+                )
+
+    def _carry(self, window: dict[str, Any], local: Signals, *, added: bool) -> None:
+        """Let the window signals that forward stages name ride along with the rows."""
+        live = self.pipeline.stages(live=True)
+        names = {name for stage in live for name in stage.needs if name not in LIVE and name not in FORWARD}
+        for name in sorted(names | ({"kind"} if added and live else set())):
+            window[CARRIED + name] = local[name]
+
+    # Signals
+
+    def _old_parts(self) -> frozenset[str]:
+        """What the old-log-prob pass must give: forward stages have old log-probs of their own on-policy."""
+        window_stages = self.pipeline.stages(live=False)
+        parts = {part for part in ("entropy", "hidden") if self.pipeline.needs(f"old_{part}")}
+        return frozenset(parts | {"logps" for stage in window_stages if "old_logps" in stage.needs})
+
+    def _sampled_makers(self, inputs: Any, texts: Any, ids: Any, group: Any) -> dict[str, Callable[[], Any]]:
+        return sampled_makers(
+            inputs,
+            texts,
+            ids,
+            group,
+            think_end_id=self.think_end_id,
+            ends=self._ends,
+            answer_fn=self.answer_fn,
+            progress=self.progress,
+            rng=self._rng,
+        )
+
+    def _local_signals(self, window: dict[str, Any], inputs: list[dict[str, Any]], rows: Sequence[Row]) -> Signals:
+        """Every signal of a scored window, for this rank's rows."""
+        parents = [row.parent for row in rows]
+        row_inputs = [inputs[parent] for parent in parents]
+        ids = [row.completion_ids for row in rows]
+        group = [parent // self.num_generations for parent in parents]
+        old = Signals({"pass": lambda: self.old_pass(window, self._old_parts())})
+        texts = functools.cache(lambda: self.decode(row_inputs, ids))
+        makers = self._sampled_makers(row_inputs, texts, ids, group)
+        return Signals(
+            makers
+            | {
+                "rewards": lambda: self._row_rewards(rows, len(inputs)),
+                "kind": lambda: [row.kind for row in rows],
+                "parent": lambda: torch.tensor(parents, device=self.accelerator.device),
+                "ids": lambda: window["completion_ids"],
+                "mask": lambda: packs.loss_mask(window),
+                "advantages": lambda: per_token(window["advantages"], window["completion_ids"]),
+                "old_logps": lambda: old["pass"].logps,
+                "old_entropy": lambda: old["pass"].entropy,
+                "old_hidden": lambda: old["pass"].hidden,
+                "ref_logps": lambda: self.reference_logps(window),
+            }
+        )
+
+    def _row_rewards(self, rows: Sequence[Row], originals: int) -> Tensor:
+        """[B] reward of each row of this rank: an added row's own if it has one, else its (shaped) thinking row's."""
+        totals = self._shaped if self._shaped is not None else weighted_sum(self._raw, self.reward_weights)
+        own = totals[self.accelerator.process_index * originals :]
+        values = [float(own[row.parent]) if row.reward is None else row.reward for row in rows]
+        return torch.tensor(values, dtype=totals.dtype, device=totals.device)
+
+    # Forward: live token stages, TRL's loss, auxiliary losses
+
+    def step_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of a micro-batch with the pipeline's bounds, weights, ratios and auxiliary losses."""
+        scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
+        live = self.pipeline.stages(live=True) if model.training else []
+        if not live and "eps_low" not in inputs:
+            loss = self.stock_loss(model, inputs)
+            return loss * scale if "row_scale" in inputs else loss
+        memo, hidden = self.forward(model, inputs, hidden=any("hidden" in stage.needs for stage in live))
+        signals = self._live_signals(inputs, memo, hidden)
+        inputs = self._token_stages(inputs, signals)
+        bounds = self.epsilon_low, self.epsilon_high
+        if "eps_low" in inputs:
+            self.epsilon_low, self.epsilon_high = inputs["eps_low"], inputs["eps_high"]
+        try:
+            loss = self.stock_loss(model, inputs, memo) * scale
+        finally:
+            self.epsilon_low, self.epsilon_high = bounds
+        for stage in self.pipeline["aux"]:
+            loss = loss + self._auxiliary_loss(stage, signals, inputs)
+        return loss
+
+    def _live_signals(
+        self, inputs: dict[str, Any], memo: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor | None
+    ) -> Signals:
+        """Every signal of a micro-batch."""
+        logps, entropy, _ = memo
+        old_logps = inputs.get("old_per_token_logps", logps.detach())
+        carried = {name: value for name, value in inputs.items() if name.startswith(CARRIED)}
+        kinds = carried.get(CARRIED + "kind")
+        makers = {name.removeprefix(CARRIED): (lambda value=value: value) for name, value in carried.items()}
+        return Signals(
+            makers
+            | {
+                "kind": lambda: kinds,
+                "mask": lambda: packs.loss_mask(inputs),
+                "ids": lambda: inputs["completion_ids"],
+                "advantages": lambda: per_token(inputs["advantages"], logps),
+                "old_logps": lambda: old_logps,
+                "progress": lambda: self.progress,
+                "rng": lambda: self._rng,
+                "logps": lambda: logps,
+                "entropy": lambda: entropy,
+                "hidden": lambda: hidden,
+                "ratio": lambda: torch.exp(logps - old_logps),
+                "eps_low": lambda: inputs.get("eps_low", torch.full_like(logps.detach(), self.epsilon_low)),
+                "eps_high": lambda: inputs.get("eps_high", torch.full_like(logps.detach(), self.epsilon_high)),
+            }
+        )
+
+    def _token_stages(self, inputs: dict[str, Any], signals: Signals) -> dict[str, Any]:
+        """Run the live bounds, weights and ratios; the micro-batch as TRL's loss is to see it."""
+        inputs = dict(inputs)
+        kinds = signals["kind"]
+        for stage in self.pipeline.stages("bounds", live=True):
+            inputs["eps_low"], inputs["eps_high"] = self._bounds(stage, signals)
+            signals.put("eps_low", inputs["eps_low"])
+            signals.put("eps_high", inputs["eps_high"])
+        for stage in self.pipeline.stages("weights", live=True):
+            (weights,) = act(stage, signals, torch.ones_like(signals["logps"]), kinds=kinds)
+            weights = non_negative(stage, weights.detach())
+            inputs["advantages"] = per_token(inputs["advantages"], weights) * weights
+        for stage in self.pipeline.stages("ratios", live=True):
+            (replaced,) = act(stage, signals, signals["old_logps"], kinds=kinds)
+            inputs["old_per_token_logps"] = replaced.detach()
+        return inputs
+
+    def _auxiliary_loss(self, stage: Stage, signals: Signals, inputs: dict[str, Any]) -> Tensor:
+        """A scalar: the stage's unreduced loss, reduced as TRL reduces the policy loss, with the full mask as divisor."""
+        found: dict[str, Any] = {}
+
+        def without_metrics(*needed: Any) -> Tensor:
+            value = stage.call(*needed)
+            value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
+            found["per_row"] = value.dim() == 1
+            return value
+
+        bare = dataclasses.replace(stage, call=without_metrics)
+        (values,) = act(bare, signals, torch.zeros_like(signals["logps"]), kinds=signals["kind"])
+        for name, value in found.get("metrics", {}).items():
+            value = torch.as_tensor(value, device=values.device, dtype=torch.float32).detach()
+            self.log_window_metric(name, self.accelerator.gather(value).mean().item())
+        steps = self.current_gradient_accumulation_steps
+        if found.get("per_row"):
+            row_share, loss_share = self._pack_shares
+            return values[:, 0].mean() * inputs.get("row_scale", 1.0) * row_share / loss_share / steps
+        window_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        loss = packs.reduce_loss(
+            values,
+            signals["mask"],
+            self.loss_type,
+            max_length=self.max_completion_length,
+            window_tokens=window_tokens / self.args.steps_per_generation,
+        )
+        scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
+        return loss * scale / steps
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch; with `pack_tokens`, of its last pack, the others having had their backward."""
+        if self.pack_tokens is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        *first, last = self._packs(inputs)
+        total = 0.0
+        for pack in first:
+            with self.accelerator.no_sync(model):
+                loss = self._pack_loss(model, pack, inputs)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return self._pack_loss(model, last, inputs) + total
+
+    def _packs(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The micro-batch in packs: equally many, with equally many rows, on every rank."""
+        prompts, completions = packs.row_lengths(inputs)
+        lengths, order = (prompts + completions).sort(descending=True, stable=True)
+        common = self.accelerator.gather(lengths).view(-1, lengths.numel()).amax(0)
+        cuts = packs.boundaries(common.tolist(), self.pack_tokens)
+        return [packs.take(inputs, order[start:end]) for start, end in cuts]
+
+    def _pack_loss(self, model: nn.Module, pack: dict[str, Any], whole: dict[str, Any]) -> Tensor:
+        rows = pack["completion_ids"].size(0) / whole["completion_ids"].size(0)
+        share = packs.share(self.loss_type, pack, whole)
+        self._pack_shares = (rows, share)
+        try:
+            return super().compute_loss(model, pack) * share
+        finally:
+            self._pack_shares = (1.0, 1.0)
+
+    # Evaluation, state, checks
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """GRPOTrainer's evaluation under a random state of its own: it never changes what is trained."""
+        with forked_rng(self.args.seed):
+            return super().evaluate(*args, **kwargs)
+
+    def save_state(self) -> dict[str, Any]:
+        """Stage state, the prompt stream's cursor and what control stages know of the last window."""
+        last = dataclasses.asdict(self._last_window) if self._last_window else None
+        return {"stages": self.pipeline.state_dict(), "cursor": self.sampler.stream.cursor, "last_window": last}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `save_state` gave."""
+        self.pipeline.load_state_dict(state["stages"])
+        self.sampler.stream.cursor = state["cursor"]
+        self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
+
+    def _check(self) -> None:
+        if self.normaliser not in ("thinking", "all"):
+            raise UserError(f"rollout.normaliser: '{self.normaliser}' is unknown; use 'thinking' or 'all'.")
+        if self.pack_tokens is not None and self.pack_tokens < 1:
+            raise UserError(f"rollout.pack_tokens: {self.pack_tokens} holds no row; use a positive number or null.")
+        if self.pack_tokens is not None and (self.top_entropy_quantile < 1 or self.entropy_coef or self.use_adaptive_entropy):
+            raise UserError(
+                "rollout.pack_tokens: TRL's top_entropy_quantile and entropy_coef are statistics of a whole micro-batch; "
+                "use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
+            )
+        if self.pipeline.needs("answers") and self.answer_fn is None:
+            raise UserError("reward.answer: a stage names the signal 'answers'; set a function text -> answer or None.")
+        if {"image", "images"} & set(self.train_dataset.column_names or ()):
+            raise UserError("data: the data set has an image column, and rltoken trains on text only; remove the column.")
+
+
+def replay_of(rollout: Rollout) -> Replay:
+    """What TRL's window code is to see of a finished rollout."""
+    rows, originals = rollout.rows, len(rollout.inputs)
+    masks = [row.train_mask for row in rows]
+    logps = None if rows[0].logps is None else [row.logps or [0.0] * len(row.completion_ids) for row in rows]
+    return Replay(
+        completion_ids=[row.completion_ids for row in rows[:originals]],
+        logps=None if logps is None else logps[:originals],
+        all_prompt_ids=[row.prompt_ids for row in rows],
+        all_completion_ids=[row.completion_ids for row in rows],
+        all_logps=logps,
+        all_masks=None if all(map(all, masks)) else masks,
+        rewards=rollout.rewards,
+        extras=rollout.extras,
+    )
+
+
+def rows_of_window(window: dict[str, Any]) -> list[Row]:
+    """The rows of a window that no rows stage has seen."""
+    lengths = window["completion_mask"].sum(1).tolist()
+    ids = [row[:n] for row, n in zip(window["completion_ids"].tolist(), lengths, strict=True)]
+    return [Row([], row, [1] * len(row), parent=i) for i, row in enumerate(ids)]
+
+
+def check_rollout(stage: Stage, rollout: Rollout, originals: int) -> None:
+    """Refuse a rollout that TRL's window code could not replay.
+
+    Raises:
+        UserError: names the stage and what is wrong with which row.
+    """
+    if len(rollout.inputs) != originals or len(rollout.rows) < originals:
+        raise UserError(
+            f"{stage.key}: returned {len(rollout.inputs)} prompts and {len(rollout.rows)} rows for {originals} prompts; "
+            "a rows stage may replace or add rows, but one thinking row per prompt must stay, and come first."
+        )
+    for i, row in enumerate(rollout.rows):
+        if i < originals and (row.kind != THINKING or row.parent != i):
+            raise UserError(f"{stage.key}: row {i} must be the thinking row of prompt {i}; it is '{row.kind}'.")
+        if not 0 <= row.parent < originals or not row.completion_ids:
+            raise UserError(f"{stage.key}: row {i} has no completion token, or no thinking row as parent.")
+        if len(row.train_mask) != len(row.completion_ids):
+            raise UserError(f"{stage.key}: row {i} has a train mask of another length than its completion.")
+
+
+def non_negative(stage: Stage, weights: Tensor) -> Tensor:
+    """The weights themselves.
+
+    Raises:
+        UserError: one is negative or not a number; a weight that turns the sign belongs into a credit stage.
+    """
+    if not bool((weights >= 0).all()):
+        raise UserError(
+            f"{stage.key}: a weight is negative or NaN (smallest: {weights.min().item():.4g}); weights scale a token's "
+            "update, so return values >= 0, or change the sign of the advantage in a credit stage."
+        )
+    return weights
+
+
+def per_token(advantages: Tensor, like: Tensor) -> Tensor:
+    """[B] advantages spread over the tokens of `like` [B, T]; [B, T] ones as they are."""
+    if advantages.dim() == 2:
+        return advantages
+    return advantages.unsqueeze(1).expand(like.shape)

@@ -1,0 +1,391 @@
+"""The only module that touches a private name of TRL or of transformers' Trainer.
+
+`SeamTrainer` is GRPOTrainer with its private seams under public names: what a subclass overrides (`make_window`,
+`step_loss`, `score`, `save_state`, `load_state`) and what it calls (`stock_window`, `stock_loss`, `sample`, `grade`,
+`decode`, `forward`, ...). It holds no algorithm. tests/trl/test_private_names.py keeps a snapshot of every name used
+here and says what changed when TRL does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
+
+SHAPED = "shaped"
+"""Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
+
+
+@dataclass
+class Replay:
+    """A finished rollout that TRL's own window code is to see instead of generating and grading.
+
+    `completion_ids` and `logps` belong to the original rows, in the order of the inputs; the `all_*` lists to every
+    row, the original ones first; `rewards` is [n, F] of this rank; `extras` are the columns that reward functions
+    logged for each original row.
+    """
+
+    completion_ids: list[list[int]]
+    logps: list[list[float]] | None
+    all_prompt_ids: list[list[int]]
+    all_completion_ids: list[list[int]]
+    all_logps: list[list[float]] | None
+    all_masks: list[list[int]] | None
+    rewards: Tensor
+    extras: list[dict[str, Any]]
+
+
+@dataclass
+class OldPass:
+    """What one pass of the sampling policy over the window gave: [B, T], [B, T] or None, [B, T, H] or None."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    hidden: Tensor | None
+
+
+class SeamTrainer(GRPOTrainer):
+    """GRPOTrainer whose seams are public; by itself it trains exactly as GRPOTrainer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._replay: Replay | None = None
+        self._forward_memo: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._record: frozenset[str] | None = None
+        self._recorded: OldPass | None = None
+        self._own_reference: nn.Module | None = None
+        super().__init__(*args, **kwargs)
+
+    # What a subclass overrides
+
+    def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of one generation window (training only)."""
+        return self.stock_window(inputs)
+
+    def step_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The loss of one micro-batch."""
+        return self.stock_loss(model, inputs)
+
+    def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
+        """[N] shaped rewards of the gathered rows from [N, F] raw ones, or None to leave the raw sum (training only)."""
+        return None
+
+    def save_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `save_state` gave."""
+
+    # What a subclass calls: rollout
+
+    def stock_window(self, inputs: list[dict[str, Any]], replay: Replay | None = None) -> dict[str, Any]:
+        """TRL's own window: padding, old and reference log-probs, rewards, advantages, metrics and tables.
+
+        With `replay`, generation and grading are not run but looked up; all rows of it are padded and scored, while
+        metrics and tables stay those of the original rows.
+        """
+        names, weights = self.reward_func_names, self.reward_weights
+        seen = self.state.num_input_tokens_seen
+        self._replay = replay
+        if replay is not None:
+            self._pending_extra_logs = _columns(replay.extras)
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self._replay = None
+            self.reward_func_names, self.reward_weights = names, weights
+            if replay is not None:  # every sampled token was counted when it was sampled, kept or not
+                self.state.num_input_tokens_seen = seen
+                self._metrics["train"]["num_tokens"] = [seen]
+
+    def tokenize(self, inputs: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Prompt token ids, by the chat template where prompts are conversational."""
+        return self._tokenize_prompts([copy.deepcopy(example["prompt"]) for example in inputs])[0]
+
+    def sample(
+        self, prompt_ids: list[list[int]], *, num_generations: int = 1, max_new_tokens: int | None = None
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Completions (token ids up to and with the first end-of-sequence token) and their sampling log-probs, if any.
+
+        `num_generations` tells vLLM how many successive prompts are one and the same.
+        """
+        with self.completion_limit(max_new_tokens):
+            ids, logps = super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+        tokens = torch.tensor(sum(map(len, prompt_ids)) + sum(map(len, ids)), device=self.accelerator.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+        return ids, logps
+
+    def decode(self, inputs: Sequence[dict[str, Any]], ids: list[list[int]]) -> list[Any]:
+        """Completions as TRL hands them to reward functions: strings, or a list with one assistant message."""
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        if inputs and is_conversational({"prompt": inputs[0]["prompt"]}):
+            return [[{"role": "assistant", "content": text}] for text in texts]
+        return texts
+
+    def grade(
+        self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """[n, F] raw rewards of this rank's rows, and the columns that reward functions logged for each of them.
+
+        Every rank must pass equally many rows: TRL gathers the rewards.
+        """
+        pending, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
+        try:
+            rewards = super()._calculate_rewards(inputs, [x["prompt"] for x in inputs], texts, ids)
+            extras = _rows_of(self._pending_extra_logs, len(inputs))
+        finally:
+            self._pending_extra_logs = pending
+        start = self.accelerator.process_index * len(inputs)
+        return rewards[start : start + len(inputs)], extras
+
+    @contextlib.contextmanager
+    def completion_limit(self, max_new_tokens: int | None) -> Iterator[None]:
+        """Sample at most so many tokens inside the context; None leaves TRL's limit."""
+        if max_new_tokens is None:
+            yield
+            return
+        holder, name = (
+            (self.vllm_generation, "max_completion_length")
+            if self.use_vllm
+            else (self.generation_config, "max_new_tokens")
+        )
+        before = getattr(holder, name)
+        setattr(holder, name, max_new_tokens)
+        try:
+            yield
+        finally:
+            setattr(holder, name, before)
+
+    def log_window_metric(self, name: str, value: float) -> None:
+        """Log a number of this window; TRL averages over the windows of a logging step."""
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def last_metric(self, name: str) -> float:
+        """The value of a metric that the window just made has logged."""
+        return self._metrics["train"][name][-1]
+
+    # What a subclass calls: model
+
+    def stock_loss(
+        self, model: nn.Module, inputs: dict[str, Any], forward: tuple[Tensor, Tensor, Tensor | None] | None = None
+    ) -> Tensor:
+        """TRL's own loss; with `forward` (log-probs, entropies, MoE loss) it is handed those instead of running one."""
+        self._forward_memo = forward
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._forward_memo = None
+
+    def forward(
+        self, model: nn.Module, inputs: dict[str, Any], *, hidden: bool = False
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
+        """TRL's training forward of a micro-batch, once: (log-probs, entropies, MoE loss), and hidden states if asked.
+
+        Shapes [B, T], [B, T], scalar or None, and [B, T, H]: the state that produces each completion token.
+        """
+        with self._capture(model, hidden) as captured:
+            memo = super()._get_per_token_logps_and_entropies(
+                model, *_scored(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+            )
+        return memo, _producing(captured, inputs["completion_ids"].size(1))
+
+    @contextlib.contextmanager
+    def recording(self, what: frozenset[str]) -> Iterator[None]:
+        """Keep what TRL's own old-log-prob pass computes inside the context ('entropy' and 'hidden' on demand)."""
+        self._record = what if what and self.makes_old_logps else None
+        self._recorded = None
+        try:
+            yield
+        finally:
+            self._record = None
+
+    def old_pass(self, window: dict[str, Any], what: frozenset[str]) -> OldPass:
+        """The sampling policy's pass over the window: the recorded one, or one forward without gradient."""
+        if self._recorded is not None:
+            recorded, self._recorded = self._recorded, None
+            return recorded
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            batch_size = self.args.per_device_train_batch_size
+            return self._old_forward(self.model, *_scored(window), what=what, batch_size=batch_size)
+
+    def reference_logps(self, window: dict[str, Any]) -> Tensor:
+        """[B, T] log-probs under the frozen reference: TRL's where it has one, the adapter's base, or a copy on disk."""
+        if "ref_per_token_logps" in window:
+            return window["ref_per_token_logps"]
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            if isinstance(unwrapped, PeftModel):
+                with use_adapter(unwrapped, adapter_name=None):
+                    return self._plain_logps(self.model, window)
+            if self._own_reference is None:
+                self._own_reference = self._load_reference(unwrapped)
+            return self._plain_logps(self._own_reference, window)
+
+    @property
+    def makes_old_logps(self) -> bool:
+        """Whether TRL's window code runs an old-log-prob pass (its own condition)."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+
+    # The seams
+
+    def _generate_and_score_completions(self, inputs):
+        return self.make_window(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self._replay is not None:
+            return self._replay.completion_ids, self._replay.logps
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+
+    def _generate(self, prompts):
+        result = super()._generate(prompts)
+        if self._replay is None:
+            return result
+        _, _, _, completions, _, extra_fields, images, tool_images = result
+        replay = self._replay
+        return (
+            replay.all_prompt_ids,
+            replay.all_completion_ids,
+            replay.all_masks,
+            completions,
+            replay.all_logps,
+            extra_fields,
+            images,
+            tool_images,
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._replay is not None:
+            raw = self.accelerator.gather(self._replay.rewards)
+            ids = self._replay.completion_ids
+        else:
+            raw = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            ids = completion_ids_list
+        if not self.model.training:
+            return raw
+        shaped = self.score(inputs, completions, ids, raw)
+        if shaped is None:
+            return raw
+        self.reward_func_names = [*self.reward_func_names, SHAPED]
+        only_shaped = torch.zeros(len(self.reward_func_names))
+        only_shaped[-1] = 1.0
+        self.reward_weights = only_shaped
+        return torch.cat([raw, shaped.to(raw).unsqueeze(1)], dim=1)
+
+    def _compute_loss(self, model, inputs):
+        return self.step_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._forward_memo is not None:
+            return self._forward_memo
+        if self._record is not None and model is self.model:
+            what, self._record = self._record, None
+            self._recorded = self._old_forward(model, *args, what=what, **kwargs)
+            return self._recorded.logps, self._recorded.entropy, None
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {"step": self._step, "window": self._buffered_inputs, "extra": self.save_state()}, folder / self._state_file
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint) / self._state_file if checkpoint else None
+        if path is not None and path.exists():
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["window"]
+            self.load_state(state["extra"])
+
+    @property
+    def _state_file(self) -> str:
+        return f"rltoken_{self.accelerator.process_index}.pt"
+
+    # Helpers
+
+    def _old_forward(self, model, input_ids, attention_mask, logits_to_keep, *, what, **kwargs) -> OldPass:
+        with self._capture(model, "hidden" in what) as captured:
+            logps, entropy, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, compute_entropy="entropy" in what, **kwargs
+            )
+        return OldPass(logps, entropy, _producing(captured, logits_to_keep))
+
+    def _plain_logps(self, model: nn.Module, window: dict[str, Any]) -> Tensor:
+        batch_size = self.args.per_device_train_batch_size
+        return super()._get_per_token_logps_and_entropies(model, *_scored(window), batch_size=batch_size)[0]
+
+    def _load_reference(self, model: nn.Module) -> nn.Module:
+        reference = create_model_from_path(
+            model.config._name_or_path,
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            trust_remote_code=self.args.trust_remote_code,
+        )
+        add_fused_lm_head(
+            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    @contextlib.contextmanager
+    def _capture(self, model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+        """Collect the backbone's last hidden state of each call: the fused head never calls lm_head.forward."""
+        captured: list[Tensor] = []
+        if not wanted:
+            yield captured
+            return
+        unwrapped = self.accelerator.unwrap_model(model)
+        causal = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        handle = causal.base_model.register_forward_hook(
+            lambda module, args, output: captured.append(output.last_hidden_state)
+        )
+        try:
+            yield captured
+        finally:
+            handle.remove()
+
+
+def _scored(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Token ids, attention mask and the number of scored columns, as TRL's forward takes them."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return ids, attention, inputs["completion_ids"].size(1)
+
+
+def _producing(captured: list[Tensor], completion_columns: int) -> Tensor | None:
+    """The hidden state one position before each completion token."""
+    if not captured:
+        return None
+    return torch.cat([states[:, -completion_columns - 1 : -1] for states in captured])
+
+
+def _columns(extras: list[dict[str, Any]]) -> defaultdict[str, list[Any]]:
+    names = sorted({name for row in extras for name in row})
+    return defaultdict(list, {name: [row.get(name) for row in extras] for name in names})
+
+
+def _rows_of(columns: dict[str, list[Any]], n: int) -> list[dict[str, Any]]:
+    return [{name: values[i] for name, values in columns.items() if len(values) == n} for i in range(n)]
+
+
+def gather_list(values: list[Any]) -> list[Any]:
+    """Concatenate a list over all ranks, in rank order."""
+    return gather_object(values)

@@ -1,0 +1,149 @@
+"""What the parts of rltoken hand each other, and the names that a stage may ask for.
+
+Shape letters, here and everywhere: B rows, G group size, T completion tokens, F reward functions, H hidden size,
+V vocabulary, K budgets, A summaries per budget. Lengths count completion tokens, never characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+THINKING = "thinking"
+"""The kind of a row that TRL sampled itself; what the divisors of the loss count."""
+PADDING = "padding"
+"""The kind of a row that only evens out the number of rows; its train mask is zero."""
+
+SAMPLED = {
+    "inputs": "list of B dicts: the data set's columns of each row's prompt",
+    "texts": "list of B str: each row's decoded completion",
+    "rewards": "[B] float: weighted sum of the reward functions, as left by the shape stages before",
+    "group": "[B] long: rows of one group share a number",
+    "prompt_id": "list of B str: a stable hash of the prompt",
+    "lengths": "[B] long: completion tokens",
+    "thinking_lengths": "[B] long: completion tokens before the end of thinking (all of them where it never ends)",
+    "truncated": "[B] bool: the completion did not end with an end-of-sequence token",
+    "answers": "[B] long: equivalence class of the final answer within the group; -1 where there is none",
+    "progress": "Progress: the optimizer step and the last one",
+    "rng": "torch.Generator: seeded by (seed, step), the same on every rank",
+}
+"""Signals that are known once the rollout is graded, before the model has scored it."""
+
+SCORED = {
+    "kind": "list of B str: 'thinking', or what a rows stage called the rows it added",
+    "parent": "[B] long: the row this one was grown from (itself for a thinking row)",
+    "ids": "[B, T] long: completion tokens, padded on the right",
+    "mask": "[B, T] long: 1 on tokens that are trained",
+    "advantages": "[B, T] float: the credit so far",
+    "old_logps": "[B, T] float: log-probabilities under the policy that sampled, at the sampling temperature",
+    "old_entropy": "[B, T] float: its entropy in nats",
+    "old_hidden": "[B, T, H]: its hidden state that produces each token (after the final norm)",
+    "ref_logps": "[B, T] float: log-probabilities under the frozen reference model",
+}
+"""Signals of a scored window: whole groups, before TRL shuffles the rows."""
+
+LIVE = {
+    "logps": "[B, T] float with gradient: log-probabilities under the current policy",
+    "entropy": "[B, T] float with gradient: its entropy in nats (detach it before using it as a weight)",
+    "hidden": "[B, T, H] with gradient: its hidden state that produces each token",
+    "ratio": "[B, T] float with gradient: exp(logps - old_logps), 1 on-policy",
+    "eps_low": "[B, T] float: the lower clip range in force",
+    "eps_high": "[B, T] float: the upper clip range in force (cispo: the absolute cap)",
+}
+"""Signals that exist only inside a training forward. Naming one makes a stage a forward stage."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, in optimizer steps."""
+
+    step: int
+    max_steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(1.0, self.step / max(1, self.max_steps))
+
+
+@dataclass(frozen=True)
+class LastWindow:
+    """What a control stage may know of the generation window before this one.
+
+    `mean_length` is in completion tokens, `truncated` the share of completions that were cut, `reward` the mean of the
+    weighted raw rewards.
+    """
+
+    mean_length: float
+    truncated: float
+    reward: float
+
+
+@dataclass
+class Row:
+    """One sequence of the training batch.
+
+    `prompt_ids` and `completion_ids` are token ids; `train_mask` has one 0 or 1 per completion token (0: in context,
+    never trained); `logps` are the sampler's log-probabilities, if it gives any; `parent` is the index of the thinking
+    row it was grown from; `reward` is the score of an added row (thinking rows have theirs in `Rollout.rewards`).
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    train_mask: list[int]
+    logps: list[float] | None = None
+    kind: str = THINKING
+    parent: int = -1
+    reward: float | None = None
+
+
+@dataclass
+class Rollout:
+    """The graded completions of one rank for one window, and the rows that will be trained.
+
+    The first `len(inputs)` rows are the thinking rows, in the order of `inputs`, `texts` and `rewards` [B, F]; rows
+    that a stage adds come after them. `group_size` rows in succession share a prompt.
+    """
+
+    inputs: list[dict[str, Any]]
+    texts: list[Any]
+    rewards: torch.Tensor
+    rows: list[Row]
+    progress: Progress
+    group_size: int
+    extras: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Sampled tokens (without the context) and, where the back end gives them, their log-probabilities."""
+
+    ids: list[int]
+    logps: list[float] | None
+
+
+class Sampler(Protocol):
+    """What a rows stage samples and grades with. Every rank calls each method equally often."""
+
+    think_end_id: int | None
+
+    def generate(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[Continuation]:
+        """One continuation per context (prompt and completion token ids so far), in one batched call."""
+
+    def grade(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[n, F] raw rewards of completions (token ids) to the prompts of `inputs`, each NaN where there is none."""
+
+    def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
+        """Completions of the prompts of `inputs` (one each: repeat a prompt to sample a group), graded."""
+
+    def draw(self, n: int) -> list[dict[str, Any]]:
+        """The next `n` prompts of a stream of its own: shuffled by seed, disjoint over ranks, kept in checkpoints."""
+
+    def total(self, rewards: torch.Tensor) -> torch.Tensor:
+        """[n] weighted sum of [n, F] raw rewards, as TRL sums them."""
+
+    def most(self, n: int) -> int:
+        """The largest `n` over the ranks: what a loop must agree on."""

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The first command: makes the environment and trains the embedded tiny model with GRPO, with an evaluation before and after.
+# Settings are passed on: `scripts/start.sh trainer.max_steps=20 name=shorter`. Stopped half-way, it goes on from there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/env.sh
+exec .venv/bin/python -m rltoken.train +exp=grpo name=first-run resume=auto "$@"

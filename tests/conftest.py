@@ -1,0 +1,27 @@
+"""What every test shares: one thread, no network, and the folder of real data sets where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before torch is imported. One thread makes sums bit-reproducible and lets two test processes share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets: $RLTOKEN_DATA_DIR, or `../shared/data` seen from the repository's root.
+
+    Skips the test where the folder is absent, which is the case in an ordinary clone.
+    """
+    folder = ROOT / os.environ.get("RLTOKEN_DATA_DIR", "../shared/data")
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real data sets at {folder}; set RLTOKEN_DATA_DIR to one")
+    return folder.resolve()
