@@ -16,6 +16,7 @@ import logging
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import sympy
@@ -31,14 +32,21 @@ MAX_EXPONENT = 9999
 """The largest literal in an exponent or before a factorial sign, and the largest product of such literals."""
 SECONDS = 5
 
-_TARGETS = (LatexExtractionConfig(), ExprExtractionConfig())
-_HEADER = re.compile(
-    r"(?:####|(?:final\s+)?answer\s*(?:is|:)|answer\s+is\s*:)[ \t]*:?[*_ \t]*(?P<answer>[^\n]+)", re.IGNORECASE
+# With units taken off first (`5 \text{ cm}`), then as they stand: math-verify takes the c of `a + b + c` for a unit.
+_WITH_UNITS = (LatexExtractionConfig(), ExprExtractionConfig())
+_AS_WRITTEN = (
+    LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
 )
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+_HEADER = re.compile(r"(?:####|\banswer\s*(?:is\b|:))[:*_ \t]*(?P<answer>[^\n]+)", re.IGNORECASE)
+_FORMULA = re.compile(r"(?<!\\)\$\$?(?P<dollar>.+?)(?<!\\)\$|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
+_NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
+_NUMBER_WITH_UNIT = re.compile(rf"[$€£]?(?P<number>{_NUMBER.pattern})[ ](?!and|or|sqrt|times|plus|minus)[A-Za-z]{{3,}}")
 _PLAIN_NUMBER = re.compile(r"\\?\$?\s*(-?)\\?\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|math(?:rm|bf|it|sf)|operatorname|begin|end)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[!,;: ]|\\q?quad\b|~")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORDS = re.compile(r"[A-Za-z]{3,}")
+_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3})")
+_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 
 for _name in ("math_verify.parser", "math_verify.grader"):
@@ -112,7 +120,7 @@ def parses(gold: str) -> bool:
     LaTeX's text commands) is no answer, although math-verify would read it as a product of its letters.
     """
     gold = _clean(gold)
-    if not gold or len(re.findall(r"[A-Za-z]{3,}", _TEXT_COMMAND.sub(" ", gold))) > 2:
+    if not gold or len(_WORDS.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", gold)))) > 2:
         return False
     return bool(_PLAIN_NUMBER.fullmatch(gold)) or _word(gold) is not None or _expression(gold) is not None
 
@@ -148,20 +156,25 @@ def hard(expression: str) -> bool:
     text = re.sub(r"\s+|\\(?:left|right|,|!|;|:)", "", expression).replace("**", "^")
     if re.search(r"\d{5,}[)\]}]*!(?!=)|![)\]}]*!|\\binom\{?\d{5,}", text):
         return True
-    product = 1
-    for exponent in _exponents(text):
+    largest = chained = 1
+    for base_end, exponent in _exponents(text):
         # A tower may stand on a letter, as in e^{-x^2}, since sympy keeps that as it is.
         if re.search(r"[\d)\]}]\^|!", exponent):
             return True
-        product *= max([1, *map(int, re.findall(r"\d+", exponent))])
-    return product > MAX_EXPONENT
+        power = max([1, *map(int, re.findall(r"\d+", exponent))])
+        # The exponents of nested groups, ((9^a)^b)^c, multiply; those of the terms of a polynomial do not.
+        if base_end in ")]}":
+            chained *= power
+        largest = max(largest, power)
+    return largest * chained > MAX_EXPONENT
 
 
 def _after_header(line: str) -> str:
-    """The answer in what follows an answer header: its first formula, else the line without its full stop."""
-    for opened, closed in _WRAPPERS[:-1]:
-        if line.startswith(opened) and (end := line.find(closed, len(opened))) > 0:
-            return line[len(opened) : end].strip()
+    """The answer in what follows an answer header: a leading formula, a leading number with a unit, else the line."""
+    if formula := _FORMULA.match(line):
+        return next(filter(None, formula.groups())).strip()
+    if number := _NUMBER_WITH_UNIT.match(line):
+        return number["number"]
     return line.strip(" \t*_").rstrip(".")
 
 
@@ -174,7 +187,7 @@ def _clean(text: str) -> str:
             inside = text[len(opened) : -len(closed)]
             if text.startswith(opened) and text.endswith(closed) and inside and closed not in inside:
                 text = inside.strip()
-        text = text.removesuffix(".").strip()
+        text = text.rstrip(".,;").strip()
         if text == before:
             return text
 
@@ -188,16 +201,18 @@ def _word(text: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def _expression(text: str) -> sympy.Basic | sympy.MatrixBase | None:
     """What math-verify reads in an answer, or None if it reads nothing, or is not given it because it is `hard`."""
     if hard(text):
         return None
     try:
-        parsed = parse(f"${_SPACING.sub('', text)}$", _TARGETS, parsing_timeout=_seconds())
+        # Several formulas, as in `$1$ and $2$`, already bring their delimiters.
+        source = text if re.search(r"(?<!\\)\$", text) else f"${_SPACING.sub('', _THOUSANDS.sub('', text))}$"
+        readings = (parse(source, targets, parsing_timeout=_seconds()) for targets in (_WITH_UNITS, _AS_WRITTEN))
+        return next((reading[0] for reading in readings if reading and not isinstance(reading[0], str)), None)
     except (TimeoutException, RecursionError):
         return None
-    return parsed[0] if parsed and not isinstance(parsed[0], str) else None
 
 
 @lru_cache(maxsize=65536)
@@ -230,8 +245,8 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def _exponents(text: str) -> list[str]:
-    """What stands behind each `^`: a bracketed group with its brackets removed, or a single factor."""
+def _exponents(text: str) -> list[tuple[str, str]]:
+    """For each `^` the character before it and what stands behind it, a bracketed group or a single factor."""
     exponents = []
     for sign in re.finditer(r"\^", text):
         start = end = sign.end()
@@ -241,5 +256,5 @@ def _exponents(text: str) -> list[str]:
             end += 1
             if depth <= 0 and not re.match(r"[\w.^]", text[end : end + 1]):
                 break
-        exponents.append(text[start:end])
+        exponents.append((text[max(0, sign.start() - 1) : sign.start()], text[start:end]))
     return exponents

@@ -176,7 +176,9 @@ def act(
     if not any(acts):
         return bases
     if all(acts):
-        return tuple(fit(stage, value, base) for value, base in zip(_results(stage, signals, bases), bases, strict=True))
+        return tuple(
+            fit(stage, value, base) for value, base in zip(_results(stage, signals, bases), bases, strict=True)
+        )
     rows = torch.tensor(acts, device=bases[0].device).nonzero().squeeze(1)
     values = _results(stage, rows_of(signals, rows), bases)
     return tuple(
@@ -231,7 +233,9 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
         _check_signal(slot, key, name)
     stage = Stage(key, call, tuple(needs), kinds)
     if slot == "aux" and not stage.live:
-        raise UserError(f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}.")
+        raise UserError(
+            f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}."
+        )
     return stage
 
 

@@ -125,14 +125,21 @@ class TokenGRPOTrainer(SeamTrainer):
         return self._shaped
 
     def _prompt_stages(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        group = torch.arange(len(inputs)) // self.num_generations
+        """Run the prompt stages on the prompts of every rank, so that what they draw does not depend on the ranks."""
+        if not self.pipeline["prompts"]:
+            return inputs
+        everyone = inputs if self.accelerator.num_processes == 1 else gather_list(inputs)
+        group = torch.arange(len(everyone)) // self.num_generations
         for stage in self.pipeline["prompts"]:
-            signals = {"inputs": inputs, "group": group, "progress": self.progress, "rng": self._rng}
+            signals = {"inputs": everyone, "group": group, "progress": self.progress, "rng": self._rng}
             changed = stage.run(signals)
-            if len(changed) != len(inputs):
-                raise UserError(f"{stage.key}: returned {len(changed)} prompts for {len(inputs)}; return one for each.")
-            inputs = changed
-        return inputs
+            if len(changed) != len(everyone):
+                raise UserError(
+                    f"{stage.key}: returned {len(changed)} prompts for {len(everyone)}; return one for each."
+                )
+            everyone = changed
+        start = self.accelerator.process_index * len(inputs)
+        return everyone[start : start + len(inputs)]
 
     def _control_stages(self) -> int | None:
         """Apply what the control stages set; the number of tokens to sample at most, if one sets it."""
@@ -427,13 +434,13 @@ class TokenGRPOTrainer(SeamTrainer):
         with forked_rng(self.args.seed):
             return super().evaluate(*args, **kwargs)
 
-    def save_state(self) -> dict[str, Any]:
+    def checkpoint_state(self) -> dict[str, Any]:
         """Stage state, the prompt stream's cursor and what control stages know of the last window."""
         last = dataclasses.asdict(self._last_window) if self._last_window else None
         return {"stages": self.pipeline.state_dict(), "cursor": self.sampler.stream.cursor, "last_window": last}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `save_state` gave."""
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what `checkpoint_state` gave."""
         self.pipeline.load_state_dict(state["stages"])
         self.sampler.stream.cursor = state["cursor"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
@@ -443,7 +450,9 @@ class TokenGRPOTrainer(SeamTrainer):
             raise UserError(f"rollout.normaliser: '{self.normaliser}' is unknown; use 'thinking' or 'all'.")
         if self.pack_tokens is not None and self.pack_tokens < 1:
             raise UserError(f"rollout.pack_tokens: {self.pack_tokens} holds no row; use a positive number or null.")
-        if self.pack_tokens is not None and (self.top_entropy_quantile < 1 or self.entropy_coef or self.use_adaptive_entropy):
+        if self.pack_tokens is not None and (
+            self.top_entropy_quantile < 1 or self.entropy_coef or self.use_adaptive_entropy
+        ):
             raise UserError(
                 "rollout.pack_tokens: TRL's top_entropy_quantile and entropy_coef are statistics of a whole micro-batch; "
                 "use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
@@ -451,7 +460,9 @@ class TokenGRPOTrainer(SeamTrainer):
         if self.pipeline.needs("answers") and self.answer_fn is None:
             raise UserError("reward.answer: a stage names the signal 'answers'; set a function text -> answer or None.")
         if {"image", "images"} & set(self.train_dataset.column_names or ()):
-            raise UserError("data: the data set has an image column, and rltoken trains on text only; remove the column.")
+            raise UserError(
+                "data: the data set has an image column, and rltoken trains on text only; remove the column."
+            )
 
 
 def replay_of(rollout: Rollout) -> Replay:

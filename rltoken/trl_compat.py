@@ -1,7 +1,7 @@
 """The only module that touches a private name of TRL or of transformers' Trainer.
 
 `SeamTrainer` is GRPOTrainer with its private seams under public names: what a subclass overrides (`make_window`,
-`step_loss`, `score`, `save_state`, `load_state`) and what it calls (`stock_window`, `stock_loss`, `sample`, `grade`,
+`step_loss`, `score`, `checkpoint_state`, `restore_state`) and what it calls (`stock_window`, `stock_loss`, `sample`, `grade`,
 `decode`, `forward`, ...). It holds no algorithm. tests/trl/test_private_names.py keeps a snapshot of every name used
 here and says what changed when TRL does.
 """
@@ -83,12 +83,12 @@ class SeamTrainer(GRPOTrainer):
         """[N] shaped rewards of the gathered rows from [N, F] raw ones, or None to leave the raw sum (training only)."""
         return None
 
-    def save_state(self) -> dict[str, Any]:
+    def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `save_state` gave."""
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what `checkpoint_state` gave."""
 
     # What a subclass calls: rollout
 
@@ -305,7 +305,8 @@ class SeamTrainer(GRPOTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(
-            {"step": self._step, "window": self._buffered_inputs, "extra": self.save_state()}, folder / self._state_file
+            {"step": self._step, "window": self._buffered_inputs, "extra": self.checkpoint_state()},
+            folder / self._state_file,
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -314,7 +315,7 @@ class SeamTrainer(GRPOTrainer):
         if path is not None and path.exists():
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["window"]
-            self.load_state(state["extra"])
+            self.restore_state(state["extra"])
 
     @property
     def _state_file(self) -> str:
@@ -340,9 +341,7 @@ class SeamTrainer(GRPOTrainer):
             attn_implementation=model.config._attn_implementation,
             trust_remote_code=self.args.trust_remote_code,
         )
-        add_fused_lm_head(
-            reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
-        )
+        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     @contextlib.contextmanager

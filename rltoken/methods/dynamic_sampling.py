@@ -56,7 +56,5 @@ def replace_groups(rollout: Rollout, fresh: Rollout, numbers: list[int]) -> Roll
         new, old = slice(source * size, (source + 1) * size), slice(number * size, (number + 1) * size)
         inputs[old], texts[old], extras[old] = fresh.inputs[new], fresh.texts[new], fresh.extras[new]
         rewards[old] = fresh.rewards[new]
-        rows[old] = [
-            dataclasses.replace(row, parent=old.start + i) for i, row in enumerate(fresh.rows[new])
-        ]
+        rows[old] = [dataclasses.replace(row, parent=old.start + i) for i, row in enumerate(fresh.rows[new])]
     return dataclasses.replace(rollout, inputs=inputs, texts=texts, rows=rows, rewards=rewards, extras=extras)

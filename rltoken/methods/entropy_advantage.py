@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 
-def entropy_advantage(
-    advantages: Tensor, old_entropy: Tensor, *, alpha: float = 0.4, kappa: float = 2.0
-) -> Tensor:
+def entropy_advantage(advantages: Tensor, old_entropy: Tensor, *, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
     """[B, T] shaped advantages from [B, T] advantages and entropies in nats.
 
     Raises:

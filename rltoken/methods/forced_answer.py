@@ -11,8 +11,8 @@ It adds one row of kind 'summary' per thinking row, and is the smallest stage th
 """
 
 import dataclasses
+import random
 
-import torch
 from torch import Tensor
 
 from rltoken.ops import group_mean
@@ -37,11 +37,14 @@ def forced_answer(
     if sampler.think_end_id is None:
         raise ValueError("forcing an answer needs an end-of-thinking token; set model.think_end")
     thinking = rollout.rows[: len(rollout.inputs)]
-    generator = torch.Generator().manual_seed(rollout.progress.step)
-    shares = shortest + (longest - shortest) * torch.rand(len(thinking), generator=generator)
+    shares = [
+        # drawn per (step, prompt, sibling), so that the number of ranks changes nothing
+        random.Random(f"{rollout.progress.step} {row.prompt_ids} {i % rollout.group_size}").uniform(shortest, longest)
+        for i, row in enumerate(thinking)
+    ]
     kept = [
         row.completion_ids[: int(share * thinking_length(row.completion_ids, sampler.think_end_id))]
-        for row, share in zip(thinking, shares.tolist(), strict=True)
+        for row, share in zip(thinking, shares, strict=True)
     ]
     forced = [[*ids, sampler.think_end_id] for ids in kept]
     answers = sampler.generate(

@@ -10,9 +10,7 @@ The penalty is gated by success: failing fast never pays, and a correct answer a
 from torch import Tensor
 
 
-def length_regularised(
-    rewards: Tensor, thinking_lengths: Tensor, *, weight: float = 0.4, longest: int = 64
-) -> Tensor:
+def length_regularised(rewards: Tensor, thinking_lengths: Tensor, *, weight: float = 0.4, longest: int = 64) -> Tensor:
     """[B] rewards scaled down by thinking length.
 
     Args:

@@ -1,18 +1,23 @@
-"""The tiny Qwen2 of the embedded world: 0.16 million parameters with a head size that vLLM serves."""
+"""The tiny model of the embedded world: a Qwen3 of 0.16 million parameters with a head size that vLLM serves.
+
+Qwen3, not Qwen2: for the model type `qwen2`, `AutoTokenizer` ignores the tokenizer class that a folder names and builds a
+byte-level Qwen2 tokenizer, which would read this world's words wrongly without a word of warning.
+"""
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 
-def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
     """The configuration for a tokenizer: three layers of two heads of size 32 (vLLM wants 32 or more), tied."""
-    return Qwen2Config(
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -21,8 +26,8 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Qwen3ForCausalLM:
     """A float32 model on the CPU with weights drawn from `seed`; the global generators are left as they were."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(model_config(tokenizer)).float()
+        return Qwen3ForCausalLM(model_config(tokenizer)).float()

@@ -82,12 +82,14 @@ def run(tiny, tmp_path):
         if stages is not None:
             options |= {"pipeline": build(stages), "think_end_id": tokenizer.convert_tokens_to_ids("</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)
+        eval_dataset = changes.pop("eval_dataset", None)
         output_dir = changes.pop("output_dir", tmp_path / f"run{next(count)}")
         trainer = cls(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             reward_funcs=reward,
             args=arguments(output_dir, **changes),
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
         )

@@ -30,7 +30,7 @@ def test_stages_of_every_slot_that_change_nothing(run, name):
         "rows": {"same": lambda rollout, sampler: rollout},
         "shapes": {"same": lambda rewards: rewards},
         "credits": {"same": lambda advantages: advantages},
-        "weights": {"one": lambda mask: mask * 0 + 1.0, "live": lambda entropy: (entropy * 0 + 1.0)},
+        "weights": {"one": lambda mask: mask * 0 + 1.0, "live": lambda entropy: entropy * 0 + 1.0},
         "ratios": {"same": lambda logps, old_logps: old_logps},
         "aux": {"zero": lambda logps: logps * 0},
     }

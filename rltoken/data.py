@@ -1,0 +1,311 @@
+"""Problems with checked gold answers, from the hub or from a local file, in the columns that training reads."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from rltoken.errors import UserError
+from rltoken.rewards.math import parses
+from rltoken.rewards.text import last_box
+
+logger = logging.getLogger(__name__)
+
+Gold = Literal["auto", "plain", "hash", "boxed"]
+Role = Literal["train", "eval"]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": ("problem", "question", "prompt"),
+    "answer": ("answer", "final_answer", "solution"),
+    "id": ("id", "unique_id"),
+}
+"""Where each column is looked for when it is not named: GSM8K, MATH, DeepScaleR and AIME name theirs so."""
+
+RESERVED = frozenset(
+    ("completion", "completions", "completion_ids", "prompts", "trainer_state", "log_extra", "log_metric")
+    + ("environment", "environments", "image", "images", "tools")
+)
+"""Columns that would collide with what TRL hands to reward functions, or switch on what it does with images."""
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class _Kept:
+    """The rows that passed the checks, and how many did not, by reason."""
+
+    rows: list[int] = field(default_factory=list)
+    prompts: list[list[dict[str, str]]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    unparsable: str = ""
+    seen: int = 0
+
+
+def load(
+    *,
+    path: str | None = None,
+    hub: str | None = None,
+    name: str | None = None,
+    split: str = "train",
+    columns: Mapping[str, str | Sequence[str] | None] | None = None,
+    template: str = "{problem}",
+    gold: Gold = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    max_unparsable: float = 0.05,
+    role: Role = "train",
+) -> Dataset:
+    """A set of problems as `prompt`, `answer` and `id`, and whatever other columns the source has.
+
+    A row without a problem, with a gold answer that is empty or that the grader cannot read, or with an id that came
+    before is dropped; one logged line says how many and why.
+
+    Args:
+        path: a .jsonl, .json or .parquet file; where given, the hub is not asked.
+        hub: name of a data set on the hub, or a local folder of one.
+        name: the hub data set's configuration, where it has several.
+        split: the hub data set's split.
+        columns: `prompt`, `answer`, `id` -> the source's column, or several to look for in this order; a key that is
+            missing or null means `COLUMNS`. Without an id column the id is made from the row's number.
+        template: the user message; `{problem}` stands for the problem. A problem that already is a list of messages
+            is taken as it is.
+        gold: how the answer column holds the answer: `plain`, `hash` (after the last ####, as GSM8K), `boxed` (in the
+            last box, as MATH's solutions), or `auto`: after #### if there is one, else in a box, else plain.
+        limit: at most this many problems, drawn with `seed`; None takes all in their order.
+        seed: what `limit` draws with.
+        max_unparsable: share of the problems looked at whose gold answer may be missing or unreadable before the whole
+            set is refused; a single one is always let pass, so that a small `limit` does not hang on it.
+        role: `train` or `eval`; tells which setting an error names.
+
+    Returns:
+        Columns `prompt` ([{"role": "user", "content": str}]), `answer` (str), `id` (str, unique) and the rest.
+
+    Raises:
+        UserError: no source, an unreadable source, a missing column, a template without `{problem}`, too many
+            unreadable gold answers, ids that mostly repeat, or nothing left.
+    """
+    if "{problem}" not in template:
+        raise UserError(f"data.template: {template!r} does not contain {{problem}}. Put {{problem}} where it belongs.")
+    if limit is not None and limit < 1:
+        key = "data.limit" if role == "train" else "data.eval_limit"
+        raise UserError(f"{key}: {limit} problems are none. Set {key} to at least 1, or to null for all.")
+    source = _read(path, hub, name, split, role)
+    label = path or f"{hub} [{split}]"
+    found = {key: _find(source, key, (columns or {}).get(key)) for key in COLUMNS}
+    order = list(range(len(source)))
+    if limit is not None:
+        random.Random(seed).shuffle(order)
+    kept = _check(source, found, order, template, gold, limit, Path(path).stem if path else split)
+    _refuse_bad(kept, found, label, max_unparsable)
+    collisions = sorted(RESERVED & set(source.column_names) - set(found.values()))
+    _report(kept, label, len(source), collisions)
+    replaced = {*RESERVED, *COLUMNS, *filter(None, found.values())}
+    rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
+    made = Dataset.from_dict({"prompt": kept.prompts, "answer": kept.answers, "id": kept.ids})
+    return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
+
+
+def check_prompt_lengths(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int | None,
+    too_long: Literal["refuse", "drop"] = "refuse",
+) -> Dataset:
+    """The data set without prompts that are too long; none is ever dropped without being told.
+
+    Args:
+        dataset: with a conversational `prompt` column.
+        tokenizer: whose chat template the prompts go through, with the generation prompt.
+        max_prompt_tokens: the longest prompt in tokens, special tokens included; None allows any.
+        too_long: `refuse` raises, `drop` leaves them out and logs their number.
+
+    Raises:
+        UserError: some are too long under `refuse`, or all under `drop`, or `too_long` is neither.
+    """
+    if too_long not in ("refuse", "drop"):
+        raise UserError(f"data.too_long: there is no {too_long!r}. Set data.too_long to refuse or drop.")
+    if max_prompt_tokens is None:
+        return dataset
+    encoded = tokenizer.apply_chat_template(
+        dataset["prompt"][:], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    kept = [row for row, length in enumerate(lengths) if length <= max_prompt_tokens]
+    count = len(lengths) - len(kept)
+    if not count:
+        return dataset
+    told = f"{count} of {len(lengths)} prompts exceed {max_prompt_tokens} tokens (the longest has {max(lengths)})"
+    if too_long == "refuse" or not kept:
+        drop = "" if too_long == "drop" else ", or data.too_long=drop to train without them"
+        raise UserError(f"data.max_prompt_tokens: {told}. Set data.max_prompt_tokens={max(lengths)}{drop}.")
+    logger.warning("data.too_long=drop: %s; dropped them, %d remain.", told, len(kept))
+    return dataset.select(kept)
+
+
+def _read(path: str | None, hub: str | None, name: str | None, split: str, role: Role) -> Dataset:
+    key = "data.path" if role == "train" else "data.eval_path"
+    if path is not None:
+        return _read_file(path, key)
+    if hub is None:
+        raise UserError(f"{key}: there is no {role} data. Set {key} to a .jsonl, .json or .parquet file.")
+    key_hub = "data.hub" if role == "train" else "data.eval_hub"
+    try:
+        return load_dataset(hub, name, split=split)
+    except Exception as error:  # the hub client, the builders and pyarrow share no base class
+        raise UserError(
+            f"{key_hub}: {hub}{f' ({name})' if name else ''} [{split}] cannot be loaded ({_first_line(error)}). "
+            f"Correct {key_hub}, or set {key} to a local .jsonl or .parquet file."
+        ) from error
+
+
+def _read_file(path: str, key: str) -> Dataset:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {path}. Set {key} to a .jsonl, .json or .parquet file.")
+    reader = _READERS.get(file.suffix)
+    if reader is None:
+        raise UserError(f"{key}: cannot read {path} by its ending. Use one of: {', '.join(_READERS)}.")
+    if not file.stat().st_size:
+        raise UserError(f"{key}: {path} is empty. Set {key} to a file with problems.")
+    try:
+        return load_dataset(reader, data_files=str(file), split="train")
+    except Exception as error:  # as above
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(f"{key}: {path} cannot be read as {reader} ({reason}). Correct the file.") from error
+
+
+def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None) -> str | None:
+    """The source's column for `key`: the first that is there; None only for an id that nobody named."""
+    names = [wanted] if isinstance(wanted, str) else list(wanted or COLUMNS[key])
+    if found := next((column for column in names if column in source.column_names), None):
+        return found
+    if key == "id" and not isinstance(wanted, str):
+        return None
+    near = difflib.get_close_matches(names[0], source.column_names, n=1, cutoff=0.5) or source.column_names[-1:]
+    raise UserError(
+        f"data.columns.{key}: the data set has no column {' or '.join(repr(column) for column in names)}; it has: "
+        f"{', '.join(source.column_names)}. Set data.columns.{key}={near[0]}."
+    )
+
+
+def _check(
+    source: Dataset,
+    found: Mapping[str, str | None],
+    order: Sequence[int],
+    template: str,
+    gold: Gold,
+    limit: int | None,
+    stem: str,
+) -> _Kept:
+    """Look at rows in `order` until `limit` have passed."""
+    kept, ids = _Kept(), set()
+    for row, problem, raw, identity in _rows(source, found, order, stem):
+        kept.seen += 1
+        prompt, answer = _messages(problem, template), _gold(raw, gold)
+        if prompt is None:
+            kept.dropped["empty problem"] += 1
+        elif not answer:
+            kept.dropped["empty gold answer"] += 1
+            kept.unparsable = kept.unparsable or f"{identity}: {_short(raw)}"
+        elif not parses(answer):
+            kept.dropped["unreadable gold answer"] += 1
+            kept.unparsable = kept.unparsable or f"{identity}: {_short(answer)}"
+        elif identity in ids:
+            kept.dropped["repeated id"] += 1
+        else:
+            ids.add(identity)
+            kept.rows.append(row)
+            kept.prompts.append(prompt)
+            kept.answers.append(answer)
+            kept.ids.append(identity)
+            if len(kept.rows) == limit:
+                break
+    return kept
+
+
+def _rows(
+    source: Dataset, found: Mapping[str, str | None], order: Sequence[int], stem: str
+) -> Iterator[tuple[int, object, object, str]]:
+    problems, answers = source[found["prompt"]][:], source[found["answer"]][:]
+    identities = source[found["id"]][:] if found["id"] else None
+    for row in order:
+        given = None if identities is None else identities[row]
+        yield row, problems[row], answers[row], f"{stem}-{row}" if given is None else str(given)
+
+
+def _messages(problem: object, template: str) -> list[dict[str, str]] | None:
+    """The conversation that poses a problem, or None where there is none."""
+    if isinstance(problem, str):
+        text = problem.strip()
+        return [{"role": "user", "content": template.replace("{problem}", text)}] if text else None
+    turns = problem if isinstance(problem, list) else []
+    if turns and all(isinstance(turn, dict) and turn.get("content") for turn in turns):
+        return [{"role": turn.get("role", "user"), "content": turn["content"]} for turn in turns]
+    return None
+
+
+def _gold(raw: object, gold: Gold) -> str:
+    """The gold answer in a raw value, "" where there is none or more than one."""
+    if isinstance(raw, list):
+        raw = raw[0] if len(raw) == 1 else None
+    if raw is None:
+        return ""
+    text = str(raw).strip()
+    _, hashes, after = text.rpartition("####")
+    readings = {"plain": text, "hash": after.strip() if hashes else "", "boxed": last_box(text) or ""}
+    if gold == "auto":
+        return readings["hash"] if hashes else readings["boxed"] or text
+    if gold not in readings:
+        raise UserError(f"data.gold: there is no {gold!r}. Set data.gold to one of: auto, {', '.join(readings)}.")
+    return readings[gold]
+
+
+def _refuse_bad(kept: _Kept, found: Mapping[str, str | None], label: str, max_unparsable: float) -> None:
+    dropped = kept.dropped
+    bad = dropped["empty gold answer"] + dropped["unreadable gold answer"]
+    if bad > max(1, max_unparsable * kept.seen) or (bad and not kept.rows):
+        raise UserError(
+            f"data.columns.answer: {bad} of {kept.seen} gold answers in {label}, column {found['answer']!r}, cannot be "
+            f"read by the grader, for example {kept.unparsable}. Set data.columns.answer to the column with final "
+            "answers, data.gold to the way they are written, or raise data.max_unparsable."
+        )
+    if dropped["repeated id"] > kept.seen / 2:
+        raise UserError(
+            f"data.columns.id: {dropped['repeated id']} of {kept.seen} rows of {label} repeat an id in column "
+            f"{found['id']!r}. Set data.columns.id to a column that tells problems apart, or to [] for row numbers."
+        )
+    if not kept.rows:
+        raise UserError(
+            f"data.columns.prompt: {label} has no problem in column {found['prompt']!r} ({kept.seen} rows). "
+            "Set data.columns.prompt to the column with problems."
+        )
+
+
+def _report(kept: _Kept, label: str, total: int, collisions: Sequence[str]) -> None:
+    reasons = ", ".join(f"{count} with {reason}" for reason, count in kept.dropped.items())
+    example = f", first unreadable: {kept.unparsable}" if kept.unparsable else ""
+    left_out = f"; left out columns {', '.join(collisions)} (names that TRL uses)" if collisions else ""
+    told = f"{label}: {len(kept.rows)} problems from {kept.seen} of {total} rows; "
+    told += f"dropped {kept.dropped.total()} ({reasons}{example})" if reasons else "dropped none"
+    logger.log(logging.WARNING if reasons or collisions else logging.INFO, "%s%s.", told, left_out)
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

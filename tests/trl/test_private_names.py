@@ -1,0 +1,139 @@
+"""The private names of TRL and transformers that `rltoken.trl_compat` touches, as they were when it was written.
+
+When TRL changes, these tests say what exactly did; read the new code, mend `trl_compat`, then mend the snapshot.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from transformers import Trainer
+from trl import GRPOTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SIGNATURES = {
+    "_generate_and_score_completions": "(self, inputs)",
+    "_generate": "(self, prompts)",
+    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images)",
+    "_tokenize_prompts": "(self, prompts)",
+    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "_compute_loss": "(self, model, inputs)",
+    "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size, "
+    "compute_entropy, compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, "
+    "spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids)",
+    "_prepare_inputs": "(self, generation_batch)",
+    "_save_checkpoint": "(self, model, trial)",
+    "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
+}
+GENERATE_RETURNS = (
+    "prompt_ids",
+    "completion_ids",
+    "tool_mask",
+    "completions",
+    "logprobs",
+    "extra_fields",
+    "images",
+    "tool_images",
+)
+WINDOW_KEYS = {
+    "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
+    "old_per_token_logps", "importance_sampling_ratio", "sampling_per_token_logps", "ref_per_token_logps",
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids", "num_images", "num_tiles", "tool_mask",
+}  # fmt: skip
+ATTRIBUTES = {
+    "_metrics", "_pending_extra_logs", "_step", "_buffered_inputs", "reward_func_names", "reward_weights",
+    "epsilon_low", "epsilon_high", "generation_config", "eos_token_ids", "max_completion_length", "loss_type",
+    "num_iterations", "use_vllm", "vllm_importance_sampling_correction", "aux_loss_enabled", "temperature",
+    "importance_sampling_level", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+}  # fmt: skip
+BODIES = {
+    "_generate_and_score_completions": "739def7da67c5a5b",
+    "_compute_loss": "6b861df63f5aaa7a",
+    "_prepare_inputs": "b6f38f7a05aa4406",
+    "_get_per_token_logps_and_entropies": "3a8a45615a711951",
+    "_generate": "c43183674d09daf2",
+    "_calculate_rewards": "a30f2929443bd289",
+    "_generate_single_turn": "7e2f21bdaf91a7fb",
+}
+"""Hashes of the bodies whose inner workings the seams rely on, without comments and layout."""
+
+
+def parameters(function):
+    return f"({', '.join(inspect.signature(function).parameters)})"
+
+
+def body_hash(function):
+    """A hash of what the code does, blind to comments and layout."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    assert parameters(getattr(GRPOTrainer, name)) == SIGNATURES[name], f"TRL changed the parameters of {name}"
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies(name):
+    assert body_hash(getattr(GRPOTrainer, name)) == BODIES[name], (
+        f"TRL changed the body of GRPOTrainer.{name}: read what changed, see that rltoken/trl_compat.py still fits and "
+        "that tests/trl passes, then put the new hash here"
+    )
+
+
+def test_what_generate_returns():
+    source = inspect.getsource(GRPOTrainer._generate)
+    returned = re.findall(r"return (prompt_ids.*)", source)[-1]
+    assert tuple(name.strip() for name in returned.split(",")) == GENERATE_RETURNS
+
+
+def test_the_keys_of_a_window():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    found = set(re.findall(r'output\["(\w+)"\]', source))
+    found |= set(re.findall(r'^            "(\w+)": ', source[source.index("output = {") :], re.MULTILINE))
+    assert found == WINDOW_KEYS, f"new: {found - WINDOW_KEYS}, gone: {WINDOW_KEYS - found}"
+
+
+@pytest.mark.parametrize("name", sorted(ATTRIBUTES))
+def test_attributes_are_still_set(name):
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert re.search(rf"self\.{name}\b.*=", source), f"GRPOTrainer.__init__ sets no {name} any more"
+
+
+def test_only_trl_compat_touches_private_names():
+    private = {name for cls in (GRPOTrainer, Trainer) for name in vars(cls) if name.startswith("_") and name[1] != "_"}
+    private |= {name for name in ATTRIBUTES if name.startswith("_")}
+    own = {"_check"}
+    offenders = []
+    for path in [*ROOT.glob("rltoken/**/*.py"), *ROOT.glob("rewards/**/*.py"), *ROOT.glob("scripts/*.py")]:
+        if path.name == "trl_compat.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", "")
+            if name in private - own and isinstance(node, ast.Attribute | ast.FunctionDef):
+                offenders.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
+                offenders.append(f"{path.relative_to(ROOT)}:{node.lineno} from {node.module}")
+    assert not offenders, offenders
+
+
+def test_the_subclass_hides_no_new_name():
+    """A name of ours that TRL also has would silently replace TRL's: only the seams may."""
+    from rltoken.trainer import TokenGRPOTrainer
+    from rltoken.trl_compat import SeamTrainer
+
+    ours = {name for cls in (SeamTrainer, TokenGRPOTrainer) for name in vars(cls) if not name.startswith("__")}
+    theirs = {name for cls in GRPOTrainer.__mro__ for name in vars(cls)}
+    seams = {
+        "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
+        "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "compute_loss",
+        "evaluate",
+    }  # fmt: skip
+    assert ours & theirs == seams

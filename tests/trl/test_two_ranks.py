@@ -1,0 +1,55 @@
+"""Two ranks under gloo give the weights of one rank on the same rollouts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+ROOT = SCRIPT.parents[2]
+
+
+def train(ranks, tiny, tmp_path, method, loss_type, pack_tokens=0):
+    folder, _, dataset = tiny
+    data, out = tmp_path / "data", tmp_path / f"{ranks}.pt"
+    if not data.exists():
+        dataset.save_to_disk(data)
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [*launcher, SCRIPT, folder, data, out, method, loss_type, str(16 // ranks), str(pack_tokens)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def distance(one, two):
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss_type", "pack_tokens"),
+    [("tokens", "dapo", 0), ("rows", "grpo", 60), pytest.param("rows", "dapo", 0, marks=pytest.mark.slow)],
+)
+def test_two_ranks_equal_one(tiny, tmp_path, method, loss_type, pack_tokens):
+    one = train(1, tiny, tmp_path, method, loss_type)
+    two = train(2, tiny, tmp_path, method, loss_type, pack_tokens)
+    assert distance(one, two) < 1e-6
+    start = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).state_dict()
+    assert distance(one, start) > 1e-5
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_runs_on_two_ranks(tiny, tmp_path):
+    """Its prompt stream is split over ranks, so weights differ from one rank's: it must agree on the rounds and end."""
+    weights = train(2, tiny, tmp_path, "dynamic", "grpo")
+    assert all(value.isfinite().all() for value in weights.values())

@@ -1,0 +1,226 @@
+"""What stages see and do on real windows: every slot, added and replaced rows, state, resume, evaluation."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rltoken.errors import UserError
+from rltoken.methods.budget_prompt import budget_prompt
+from rltoken.methods.dynamic_sampling import dynamic_sampling
+from rltoken.methods.entropy_advantage import entropy_advantage
+from rltoken.methods.entropy_bonus import entropy_bonus
+from rltoken.methods.forced_answer import forced_answer, group_centred
+from rltoken.methods.forking_tokens import forks
+from rltoken.methods.gspo_token import gspo_token
+from rltoken.methods.length_regularised import length_regularised
+from rltoken.methods.length_schedule import length_schedule
+from rltoken.types import SAMPLED, SCORED
+
+
+def sometimes(completion_ids, **_):
+    """1 for completions whose first token is even: whole groups are often alike, as with verifiable rewards."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
+def spy(seen, names, result):
+    """A stage that names the signals `names` and keeps what it gets."""
+    namespace = {"seen": seen, "result": result}
+    arguments = ", ".join(names)
+    exec(
+        f"def stage({arguments}):\n    seen.append(dict(zip({names!r}, ({arguments},))))\n    return {result}",
+        namespace,
+    )
+    return namespace["stage"]
+
+
+def test_every_window_signal_can_be_had_and_has_its_shape(run):
+    seen, names = [], [*SAMPLED, *SCORED]
+    names.remove("answers")
+    run({"rows": {"force": forced_answer}, "credits": {"spy": spy(seen, names, "advantages")}}, reward=sometimes)
+    assert len(seen) == 4
+    signals = seen[0]
+    rows, tokens = signals["mask"].shape
+    assert rows == 8, "a stage sees thinking rows only, unless its `kinds` says otherwise"
+    for name in ("ids", "advantages", "old_logps", "old_entropy", "ref_logps"):
+        assert signals[name].shape == (rows, tokens), name
+    assert signals["old_hidden"].shape == (rows, tokens, 64)
+    assert signals["group"].tolist() == [0] * 4 + [1] * 4
+    assert signals["parent"].tolist() == list(range(8)) and set(signals["kind"]) == {"thinking"}
+    assert signals["lengths"].tolist() == signals["mask"].sum(1).tolist()
+    assert len(set(signals["prompt_id"])) == 2 and "answer" in signals["inputs"][0]
+    assert (signals["old_logps"] <= 0).all() and (signals["old_entropy"] >= 0).all()
+    assert [s["progress"].step for s in seen] == [0, 1, 2, 3]
+
+
+def test_live_signals(run):
+    seen = []
+    names = ["logps", "entropy", "hidden", "ratio", "eps_low", "eps_high", "old_logps", "mask", "group", "old_entropy"]
+    run({"weights": {"spy": spy(seen, names, "mask * 0 + 1")}}, num_iterations=2)
+    first, second = seen[0], seen[1]
+    assert first["hidden"].requires_grad and first["hidden"].shape[:2] == first["mask"].shape
+    mask = first["mask"].bool()
+    assert torch.equal(first["ratio"][mask], torch.ones_like(first["ratio"][mask]))
+    assert not torch.equal(second["ratio"][mask], torch.ones_like(second["ratio"][mask]))
+    torch.testing.assert_close(first["entropy"][mask], first["old_entropy"][mask])
+    assert (first["eps_low"] == 0.2).all() and (first["eps_high"] == 0.2).all()
+
+
+def test_hidden_states_give_the_log_probs(run):
+    seen = []
+    result = run({"weights": {"spy": spy(seen, ["hidden", "logps", "ids", "mask"], "mask * 0 + 1")}}, learning_rate=0.0)
+    head = result.trainer.model.get_output_embeddings().weight
+    logits = seen[0]["hidden"] @ head.T
+    expected = logits.log_softmax(-1).gather(-1, seen[0]["ids"].unsqueeze(-1)).squeeze(-1)
+    mask = seen[0]["mask"].bool()
+    torch.testing.assert_close(seen[0]["logps"][mask], expected[mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_every_slot_together_trains(run, loss_type, lora):
+    stages = {
+        "prompts": {"budget": functools.partial(budget_prompt, budgets=[4, 8])},
+        "controls": {"length": functools.partial(length_schedule, start=6, end=12)},
+        "rows": {"dynamic": dynamic_sampling, "force": functools.partial(forced_answer, max_new_tokens=3)},
+        "shapes": {"length": functools.partial(length_regularised, longest=12)},
+        "credits": {"entropy": entropy_advantage, "summary": group_centred},
+        "bounds": {"range": lambda mask: (0.1, mask * 0 + 0.3)},
+        "weights": {"forks": functools.partial(forks, kinds=("thinking", "summary"))},
+        "ratios": {"gspo": gspo_token},
+        "aux": {"bonus": entropy_bonus},
+    }
+    settings = {
+        "loss_type": loss_type,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_iterations": 2,
+        "logging_steps": 1,
+    }
+    result = run(stages, lora=lora, reward=sometimes, **settings)
+    assert all(value.isfinite().all() for value in result.weights.values())
+    windows = [metrics for metrics in result.metrics if "rows_per_prompt" in metrics]
+    assert [metrics["rows_per_prompt"] for metrics in windows] == [8.0] * len(windows)
+    assert windows[0]["control/max_completion_length"] == 6 and windows[0]["completions/max_length"] <= 6
+
+
+def test_summaries_are_forced_trained_and_graded(run):
+    seen = []
+    names = ["kind", "parent", "mask", "ids", "rewards", "group", "texts"]
+    stage = functools.partial(spy(seen, names, "rewards"), kinds=("thinking", "summary"))
+    result = run({"rows": {"force": functools.partial(forced_answer, max_new_tokens=3)}, "credits": {"s": stage}})
+    end = result.trainer.think_end_id
+    signals = seen[0]
+    assert signals["kind"] == ["thinking"] * 8 + ["summary"] * 8
+    assert signals["parent"].tolist() == [*range(8), *range(8)]
+    for row in range(8, 16):
+        trained = signals["mask"][row].nonzero().flatten().tolist()
+        forced = signals["ids"][row].tolist().index(end)
+        assert trained[0] == forced + 1 and len(trained) <= 3
+        prefix = signals["ids"][row, :forced]
+        assert torch.equal(prefix, signals["ids"][row - 8, :forced])
+
+
+def test_added_rows_leave_the_loss_to_the_thinking_rows_divisor(run):
+    """Rows of weight zero change nothing but the random stream: the divisors count thinking rows."""
+    for loss_type in ("grpo", "dapo", "dr_grpo"):
+        settings = {"loss_type": loss_type, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
+        nothing = functools.partial(lambda mask: mask * 0.0, kinds=("summary",))
+        stages = {"rows": {"force": forced_answer}, "weights": {"none": nothing}}
+        assert run({}, **settings).distance(run(stages, **settings)) < 1e-8
+
+
+def test_dynamic_sampling_replaces_flat_groups(run):
+    kept = []
+
+    def look(rollout, sampler):
+        kept.append((sampler.total(rollout.rewards).view(-1, rollout.group_size), rollout))
+        return rollout
+
+    stages = {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=20), "look": look}}
+    result = run(stages, reward=sometimes, log_completions=True, num_completions_to_print=0, num_generations=2)
+    for rewards, rollout in kept:
+        assert (rewards.amax(1) > rewards.amin(1)).all()
+        assert [row.parent for row in rollout.rows] == list(range(8))
+        prompts = [str(example["prompt"]) for example in rollout.inputs]
+        assert prompts[0::2] == prompts[1::2]
+    assert result.metrics[0]["frac_reward_zero_std"] == 0.0
+    assert result.trainer.sampler.stream.cursor > 0
+    table = pd.read_parquet(min(Path(result.trainer.args.output_dir).glob("completions/*.parquet")))
+    assert len(table) == 8 and [float(v) for v in table["sometimes"]] == kept[0][0].flatten().tolist()
+    assert result.metrics[0]["completions/mean_length"] == pytest.approx(
+        sum(len(row.completion_ids) for row in kept[0][1].rows) / 8
+    )
+
+
+RESUMED = {
+    "odd step of a window": {
+        "steps_per_generation": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    },
+    "two iterations": {"num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_exact(run, tmp_path, name, step):
+    stages = {
+        "rows": {"dynamic": dynamic_sampling},
+        "controls": {"length": functools.partial(length_schedule, start=6, end=12)},
+    }
+    settings = RESUMED[name] | {"reward": sometimes, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
+    whole = run(stages, output_dir=tmp_path / "whole", **settings)
+    resumed = run(
+        stages, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings
+    )
+    assert whole.distance(resumed) == 0.0
+    assert whole.trainer.sampler.stream.cursor == resumed.trainer.sampler.stream.cursor
+
+
+def test_evaluation_never_touches_training(run, tiny):
+    plain = run({})
+    dataset = tiny[2]
+    evaluated = run(
+        {}, eval_dataset=dataset.select(range(4)), eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4
+    )
+    assert any("eval_reward" in metrics for metrics in evaluated.metrics)
+    assert plain.distance(evaluated) == 0.0
+
+
+def test_a_negative_weight_is_refused(run):
+    with pytest.raises(UserError, match=r"method\.weights\.bad: a weight is negative"):
+        run({"weights": {"bad": lambda mask: mask * -1.0}})
+    with pytest.raises(UserError, match=r"method\.weights\.bad: a weight is negative"):
+        run({"weights": {"bad": lambda entropy: -entropy}})
+
+
+def test_token_credit_per_sequence_is_refused(run):
+    with pytest.raises(
+        UserError, match=r"importance_sampling_level: 'sequence' erases the per-token credit of method\.credits\.e"
+    ):
+        run({"credits": {"e": functools.partial(entropy_advantage, alpha=1e-3)}}, importance_sampling_level="sequence", loss_type="grpo")
+
+
+@pytest.mark.parametrize(
+    ("slot", "stage", "message"),
+    [
+        ("controls", lambda progress: {"temperature": 2.0}, r"'temperature'\] cannot be controlled"),
+        ("controls", lambda progress: {"max_completion_length": 99}, r"outside 1 to trainer.max_completion_length=12"),
+        ("prompts", lambda inputs: inputs[:3], r"returned 3 prompts for 8"),
+        ("rows", lambda rollout: dataclasses.replace(rollout, rows=rollout.rows[:3]), r"3 rows for 8 prompts"),
+        ("shapes", lambda rewards: rewards[:3], r"returned the shape \[3\]"),
+    ],
+)
+def test_what_a_stage_returns_is_checked(run, slot, stage, message):
+    with pytest.raises(UserError, match=rf"method\.{slot}\.bad: .*{message}"):
+        run({slot: {"bad": stage}})
+
+
+def test_answers_need_a_function(run):
+    with pytest.raises(UserError, match=r"reward\.answer: "):
+        run({"shapes": {"vote": lambda answers, rewards: rewards}})

@@ -1,0 +1,111 @@
+"""Train on replayed rollouts and save the weights: started by test_two_ranks.py, alone or under torchrun."""
+
+import functools
+import hashlib
+import sys
+from collections import Counter
+
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+from rltoken.methods.budget_prompt import budget_prompt
+from rltoken.methods.dynamic_sampling import dynamic_sampling
+from rltoken.methods.entropy_advantage import entropy_advantage
+from rltoken.methods.entropy_bonus import entropy_bonus
+from rltoken.methods.forced_answer import forced_answer, group_centred
+from rltoken.methods.forking_tokens import forks
+from rltoken.methods.gspo_token import gspo_token
+from rltoken.methods.length_regularised import length_regularised
+from rltoken.pipeline import build
+from rltoken.trainer import TokenGRPOTrainer
+
+
+def whole_batch_rank(rewards):
+    """A shaper that needs the rewards of all ranks: the share of the window's rewards that are lower."""
+    return (rewards.unsqueeze(0) < rewards.unsqueeze(1)).float().mean(1)
+
+
+METHODS = {
+    "grpo": {},
+    "tokens": {
+        "prompts": {"budget": functools.partial(budget_prompt, budgets=[4, 8])},
+        "shapes": {
+            "rank": whole_batch_rank,
+            "length": functools.partial(length_regularised, longest=12),
+        },
+        "credits": {"entropy": functools.partial(entropy_advantage, alpha=0.05)},
+        "weights": {"forks": functools.partial(forks, rho=0.3)},
+        "ratios": {"gspo": gspo_token},
+        "aux": {"bonus": functools.partial(entropy_bonus, coef=0.05)},
+    },
+    "rows": {
+        "rows": {"force": functools.partial(forced_answer, max_new_tokens=3)},
+        "credits": {"summary": group_centred},
+        "weights": {"forks": functools.partial(forks, rho=0.5, kinds=("thinking", "summary"))},
+    },
+    "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
+}
+
+
+class Replayed(TokenGRPOTrainer):
+    """Completions that depend on the context and on how often it was seen in the same call, not on the rank."""
+
+    def sample(self, prompt_ids, *, num_generations=1, max_new_tokens=None):
+        seen, completions = Counter(), []
+        for ids in prompt_ids:
+            key = tuple(ids)
+            digest = hashlib.sha256(repr((key, seen[key])).encode()).digest()
+            seen[key] += 1
+            length = 1 + digest[0] % (max_new_tokens or 8)
+            completions.append([4 + byte % 30 for byte in digest[1 : 1 + length]])
+        return completions, None
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self._replay is not None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return self.sample(prompt_ids)
+
+
+def reward(completion_ids, **_):
+    """The share of even tokens."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
+
+
+def main(model, data, out, method, loss_type, rows, pack_tokens):
+    """Two optimizer steps of 4 prompts x 4 generations, on however many ranks there are."""
+    trainer = Replayed(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=out + ".run",
+            per_device_train_batch_size=int(rows),
+            num_generations=4,
+            max_completion_length=12,
+            max_steps=2,
+            learning_rate=1e-2,
+            optim="sgd",
+            loss_type=loss_type,
+            num_iterations=2,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            shuffle_dataset=False,
+        ),
+        train_dataset=load_from_disk(data),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        pipeline=build(METHODS[method]),
+        think_end_id=7,
+        pack_tokens=int(pack_tokens) or None,
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
