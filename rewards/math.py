@@ -22,6 +22,7 @@ from functools import lru_cache
 import sympy
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
 
 from rltoken.rewards.text import Completion, content, final_part, last_box
 
@@ -37,7 +38,7 @@ _WITH_UNITS = (LatexExtractionConfig(), ExprExtractionConfig())
 _AS_WRITTEN = (
     LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
 )
-_HEADER = re.compile(r"(?:####|\banswer\s*(?:is\b|:))[:*_ \t]*(?P<answer>[^\n]+)", re.IGNORECASE)
+_HEADER = re.compile(r"(?:####|\banswer\s*(?:is\b|:))[:*_\s]*", re.IGNORECASE)
 _FORMULA = re.compile(r"(?<!\\)\$\$?(?P<dollar>.+?)(?<!\\)\$|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
 _NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
 _NUMBER_WITH_UNIT = re.compile(rf"[$€£]?(?P<number>{_NUMBER.pattern})[ ](?!and|or|sqrt|times|plus|minus)[A-Za-z]{{3,}}")
@@ -81,12 +82,15 @@ def accuracy(
 
 
 def answer(text: str, *, think_end: str | None = None, last_number: bool = False) -> str | None:
-    """The final answer of a completion in a normal form: equal strings are equal answers.
+    r"""The final answer of a completion in a normal form: equal strings are equal answers.
 
-    Args: as in `accuracy`.
+    Args:
+        text: a whole completion.
+        think_end: as in `accuracy`.
+        last_number: as in `accuracy`.
 
     Returns:
-        For an expression that can be parsed its value as a string (`1/2` for `0.5` and `\\frac{1}{2}`), otherwise the
+        For an expression that can be parsed its value as a string (`1/2` for `0.5` and `\frac{1}{2}`), otherwise the
         answer as written, without its wrapping, in lower case; None where there is no answer. Two different normal
         forms may still be equal to math-verify (`(x+1)^2` and `x^2+2x+1`).
     """
@@ -101,16 +105,13 @@ def correct(text: str, gold: str, *, think_end: str | None = None, last_number: 
 
 
 def extract(text: str, *, think_end: str | None = None, last_number: bool = False) -> str | None:
-    """The final answer of a completion as written, or None; arguments as in `accuracy`."""
+    """The final answer of a completion as written, or None; arguments as in `accuracy`.
+
+    What is longer than `MAX_CHARS` is no answer.
+    """
     part = final_part(text, think_end)
-    if part is None:
-        return None
-    if (boxed := last_box(part)) is not None:
-        return boxed
-    if headers := list(_HEADER.finditer(part)):
-        return _after_header(headers[-1]["answer"])
-    numbers = _NUMBER.findall(part) if last_number else []
-    return numbers[-1] if numbers else None
+    found = None if part is None else _marked(part, last_number)
+    return found if found is not None and len(found) <= MAX_CHARS else None
 
 
 def parses(gold: str) -> bool:
@@ -120,7 +121,7 @@ def parses(gold: str) -> bool:
     LaTeX's text commands) is no answer, although math-verify would read it as a product of its letters.
     """
     gold = _clean(gold)
-    if not gold or len(_WORDS.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", gold)))) > 2:
+    if not gold or len(gold) > MAX_CHARS or len(_WORDS.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", gold)))) > 2:
         return False
     return bool(_PLAIN_NUMBER.fullmatch(gold)) or _word(gold) is not None or _expression(gold) is not None
 
@@ -169,13 +170,23 @@ def hard(expression: str) -> bool:
     return largest * chained > MAX_EXPONENT
 
 
-def _after_header(line: str) -> str:
+def _marked(part: str, last_number: bool) -> str | None:
+    """The answer that is marked as one, by a box before a header; else the last number, where that is wanted."""
+    if (boxed := last_box(part)) is not None:
+        return boxed
+    if headers := list(_HEADER.finditer(part)):
+        return _after_header(part[headers[-1].end() :].partition("\n")[0])
+    numbers = _NUMBER.findall(part) if last_number else []
+    return numbers[-1] if numbers else None
+
+
+def _after_header(line: str) -> str | None:
     """The answer in what follows an answer header: a leading formula, a leading number with a unit, else the line."""
     if formula := _FORMULA.match(line):
         return next(filter(None, formula.groups())).strip()
     if number := _NUMBER_WITH_UNIT.match(line):
         return number["number"]
-    return line.strip(" \t*_").rstrip(".")
+    return line.strip(" \t*_").rstrip(".") or None
 
 
 def _clean(text: str) -> str:
@@ -219,16 +230,16 @@ def _expression(text: str) -> sympy.Basic | sympy.MatrixBase | None:
 def _normal_form(text: str) -> str | None:
     text = _clean(text)
     if number := _PLAIN_NUMBER.fullmatch(text):
-        return str(sympy.Rational(number[1] + number[2].replace(",", ""))) if len(text) <= MAX_CHARS else None
+        return str(sympy.Rational(number[1] + number[2].replace(",", "")))
     if (word := _word(text)) is not None:
         return word
     expression = _expression(text)
     if expression is None:
         return text.casefold() or None
+    constant = isinstance(expression, sympy.Expr) and not expression.free_symbols
     try:
-        value = expression.doit() if isinstance(expression, sympy.Expr) and not expression.free_symbols else expression
-        return str(value)
-    except Exception:  # sympy's evaluation raises whatever its parts raise; such an answer is known by its text
+        return str(timeout(_seconds())(expression.doit)() if constant else expression)
+    except (Exception, TimeoutException):  # sympy raises whatever its parts raise; the answer is known by its text then
         return text.casefold()
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -30,10 +30,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Where each column is looked for when it is not named: GSM8K, MATH, DeepScaleR and AIME name theirs so."""
 
-RESERVED = frozenset(
-    ("completion", "completions", "completion_ids", "prompts", "trainer_state", "log_extra", "log_metric")
-    + ("environment", "environments", "image", "images", "tools")
-)
+_TRL_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+_TRL_COLUMNS = frozenset({"completion", "environment", "environments", "image", "images", "tools"})
+RESERVED = _TRL_ARGUMENTS | _TRL_COLUMNS
 """Columns that would collide with what TRL hands to reward functions, or switch on what it does with images."""
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -77,7 +76,7 @@ def load(
         name: the hub data set's configuration, where it has several.
         split: the hub data set's split.
         columns: `prompt`, `answer`, `id` -> the source's column, or several to look for in this order; a key that is
-            missing or null means `COLUMNS`. Without an id column the id is made from the row's number.
+            missing or null means those of `COLUMNS`. Without an id column the id is made from the row's number.
         template: the user message; `{problem}` stands for the problem. A problem that already is a list of messages
             is taken as it is.
         gold: how the answer column holds the answer: `plain`, `hash` (after the last ####, as GSM8K), `boxed` (in the
@@ -95,11 +94,7 @@ def load(
         UserError: no source, an unreadable source, a missing column, a template without `{problem}`, too many
             unreadable gold answers, ids that mostly repeat, or nothing left.
     """
-    if "{problem}" not in template:
-        raise UserError(f"data.template: {template!r} does not contain {{problem}}. Put {{problem}} where it belongs.")
-    if limit is not None and limit < 1:
-        key = "data.limit" if role == "train" else "data.eval_limit"
-        raise UserError(f"{key}: {limit} problems are none. Set {key} to at least 1, or to null for all.")
+    _refuse_settings(template, gold, limit, role)
     source = _read(path, hub, name, split, role)
     label = path or f"{hub} [{split}]"
     found = {key: _find(source, key, (columns or {}).get(key)) for key in COLUMNS}
@@ -110,7 +105,7 @@ def load(
     _refuse_bad(kept, found, label, max_unparsable)
     collisions = sorted(RESERVED & set(source.column_names) - set(found.values()))
     _report(kept, label, len(source), collisions)
-    replaced = {*RESERVED, *COLUMNS, *filter(None, found.values())}
+    replaced = {*RESERVED, *COLUMNS, *found.values()}
     rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
     made = Dataset.from_dict({"prompt": kept.prompts, "answer": kept.answers, "id": kept.ids})
     return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
@@ -153,6 +148,16 @@ def check_prompt_lengths(
     return dataset.select(kept)
 
 
+def _refuse_settings(template: str, gold: str, limit: int | None, role: Role) -> None:
+    if "{problem}" not in template:
+        raise UserError(f"data.template: {template!r} does not contain {{problem}}. Put {{problem}} where it belongs.")
+    if gold not in get_args(Gold):
+        raise UserError(f"data.gold: there is no {gold!r}. Set data.gold to one of: {', '.join(get_args(Gold))}.")
+    if limit is not None and limit < 1:
+        key = "data.limit" if role == "train" else "data.eval_limit"
+        raise UserError(f"{key}: {limit} problems are none. Set {key} to at least 1, or to null for all.")
+
+
 def _read(path: str | None, hub: str | None, name: str | None, split: str, role: Role) -> Dataset:
     key = "data.path" if role == "train" else "data.eval_path"
     if path is not None:
@@ -187,7 +192,7 @@ def _read_file(path: str, key: str) -> Dataset:
 
 def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None) -> str | None:
     """The source's column for `key`: the first that is there; None only for an id that nobody named."""
-    names = [wanted] if isinstance(wanted, str) else list(wanted or COLUMNS[key])
+    names = [wanted] if isinstance(wanted, str) else list(COLUMNS[key] if wanted is None else wanted)
     if found := next((column for column in names if column in source.column_names), None):
         return found
     if key == "id" and not isinstance(wanted, str):
@@ -266,8 +271,6 @@ def _gold(raw: object, gold: Gold) -> str:
     readings = {"plain": text, "hash": after.strip() if hashes else "", "boxed": last_box(text) or ""}
     if gold == "auto":
         return readings["hash"] if hashes else readings["boxed"] or text
-    if gold not in readings:
-        raise UserError(f"data.gold: there is no {gold!r}. Set data.gold to one of: auto, {', '.join(readings)}.")
     return readings[gold]
 
 

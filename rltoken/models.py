@@ -7,6 +7,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
 THINK_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "◁/think▷", "<|/think|>", "[/THINK]")
 """Markers that published models end their thinking with, tried when the configured one does not fit."""
 
+logger = logging.getLogger(__name__)
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PROBE = "Let x1 = 1234.5; it's\n\n  so:\t(a+b)^2 é"
 _SMOLLM2_FORMAT = 1
 """Part of the name of the converted folder: raise it when the conversion changes."""
 
@@ -131,6 +136,7 @@ def load_tokenizer(path: str, *, think_end: str | None, trust_remote_code: bool 
             f"model.path: the tokenizer of {path} has no chat template. Set model.path to an instruction-tuned model, "
             "or put a chat_template.jinja into its folder."
         )
+    _warn_if_rebuilt(tokenizer, path)
     if think_end is not None:
         _check_think_end(tokenizer, think_end)
     if tokenizer.pad_token_id is None:
@@ -194,15 +200,36 @@ def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
         ) from error
 
 
+def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Tell when transformers reads text otherwise than the model's own tokenizer.json.
+
+    For some model types (qwen2 among them) it ignores the tokenizer class that a folder names and builds that type's
+    own, so that a model with another vocabulary silently sees other tokens than it was trained on.
+    """
+    file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not tokenizer.is_fast:
+        return
+    own = Tokenizer.from_file(file)
+    if own.encode(_PROBE, add_special_tokens=False).ids != tokenizer.encode(_PROBE, add_special_tokens=False):
+        logger.warning(
+            "model.path: transformers builds a %s for %s, which splits text otherwise than its tokenizer.json. Unless "
+            "that is meant, set model.path to a copy whose config.json and tokenizer_config.json agree.",
+            type(tokenizer).__name__,
+            path,
+        )
+
+
 def _check_think_end(tokenizer: PreTrainedTokenizerBase, think_end: str) -> None:
     if _is_think_end(tokenizer, think_end):
         return
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(think_end, add_special_tokens=False))
-    reason = (
-        "is a special token of this tokenizer, which decoding drops, so that no reward could see it"
-        if len(tokens) == 1
-        else f"is {len(tokens)} tokens of this tokenizer ({' '.join(tokens)}), but must be exactly one"
-    )
+    ids = tokenizer.encode(think_end, add_special_tokens=False)
+    if tokenizer.unk_token_id in ids:
+        reason = "cannot be written with this tokenizer"
+    elif len(ids) == 1:
+        reason = "is a special token of this tokenizer, which decoding drops, so that no reward could see it"
+    else:
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        reason = f"is {len(ids)} tokens of this tokenizer ({tokens}), but must be exactly one"
     fits = [marker for marker in THINK_ENDS if _is_think_end(tokenizer, marker)]
     fix = f"model.think_end='{fits[0]}', which it has," if fits else "the one token that ends its thinking,"
     raise UserError(

@@ -226,9 +226,9 @@ class TokenGRPOTrainer(SeamTrainer):
         return self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=1))
 
     def _bounds(self, stage: Stage, signals: Signals) -> tuple[Tensor, ...]:
-        """[B, T] lower and upper clip range: the stage's on the rows of its kinds, the configured ones elsewhere."""
-        configured = (torch.full_like(signals["advantages"], value) for value in self._configured.values())
-        return act(stage, signals, *configured, kinds=signals["kind"])
+        """[B, T] lower and upper clip range: the stage's on the rows of its kinds, the trainer's elsewhere."""
+        ranges = (torch.full_like(signals["advantages"], value) for value in (self.epsilon_low, self.epsilon_high))
+        return act(stage, signals, *ranges, kinds=signals["kind"])
 
     def _refuse_token_credit_per_sequence(self, stage: Stage, advantages: Tensor, mask: Tensor) -> None:
         if self.importance_sampling_level == "sequence":

