@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 from rltoken.rewards.math import parses
 from rltoken.rewards.text import last_box
 
@@ -169,7 +169,7 @@ def _read(path: str | None, hub: str | None, name: str | None, split: str, role:
         return load_dataset(hub, name, split=split)
     except Exception as error:  # the hub client, the builders and pyarrow share no base class
         raise UserError(
-            f"{key_hub}: {hub}{f' ({name})' if name else ''} [{split}] cannot be loaded ({_first_line(error)}). "
+            f"{key_hub}: {hub}{f' ({name})' if name else ''} [{split}] cannot be loaded ({first_line(error)}). "
             f"Correct {key_hub}, or set {key} to a local .jsonl or .parquet file."
         ) from error
 
@@ -186,7 +186,7 @@ def _read_file(path: str, key: str) -> Dataset:
     try:
         return load_dataset(reader, data_files=str(file), split="train")
     except Exception as error:  # as above
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{key}: {path} cannot be read as {reader} ({reason}). Correct the file.") from error
 
 
@@ -307,8 +307,3 @@ def _report(kept: _Kept, label: str, total: int, collisions: Sequence[str]) -> N
 def _short(value: object) -> str:
     text = " ".join(str(value).split())
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,3 +16,9 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class name where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -73,7 +73,7 @@ def existing(path: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path: {path} is neither a folder here nor a model that the hub gives out "
-            f"({_first_line(error)}). Correct model.path, log in with `hf auth login`, or set it to a local folder."
+            f"({first_line(error)}). Correct model.path, log in with `hf auth login`, or set it to a local folder."
         ) from error
     return path
 
@@ -128,7 +128,7 @@ def load_tokenizer(path: str, *, think_end: str | None, trust_remote_code: bool 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"model.path: the tokenizer of {path} cannot be loaded ({_first_line(error)}). "
+            f"model.path: the tokenizer of {path} cannot be loaded ({first_line(error)}). "
             "Put the tokenizer's files beside the model's, or set model.path to a complete model."
         ) from error
     if tokenizer.chat_template is None:
@@ -168,7 +168,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"model.path: the model {path} cannot be loaded ({_first_line(error)}). Check model.path, "
+            f"model.path: the model {path} cannot be loaded ({first_line(error)}). Check model.path, "
             "model.attn_implementation and model.trust_remote_code."
         ) from error
 
@@ -196,7 +196,7 @@ def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"model.lora: peft.LoraConfig refuses it: {_first_line(error)} Correct that setting."
+            f"model.lora: peft.LoraConfig refuses it: {first_line(error)} Correct that setting."
         ) from error
 
 
@@ -301,8 +301,3 @@ def _installed(module: str) -> bool:
 def _listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 from rltoken.signals import rows_of
 from rltoken.types import LIVE, SAMPLED, SCORED, THINKING
 
@@ -77,7 +77,7 @@ class Stage:
             raise
         except Exception as error:
             raise UserError(
-                f"{self.key}: the stage raised {type(error).__name__}: {_first_line(error)}. Mend the stage, or leave "
+                f"{self.key}: the stage raised {type(error).__name__}: {first_line(error)}. Mend the stage, or leave "
                 f"it out with '~{self.key}'."
             ) from error
 
@@ -319,8 +319,3 @@ def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "(no message)"

@@ -1,6 +1,7 @@
 """The embedded world: verifiable problems, a tiny model that reasons about them, and nothing to download.
 
-`rltoken.tiny.warm_start` is the function here; the module of that name is found by `from rltoken.tiny.warm_start import`.
+`rltoken.tiny.warm_start` is the function here, which hides the module of that name; `from rltoken.tiny.warm_start
+import ...` still reaches into the module.
 """
 
 from rltoken.tiny.data import problems

@@ -1,7 +1,7 @@
 """The warm start of the embedded world: supervised training on noisy traces, cached on disk.
 
-Reinforcement learning needs a model that is right often but not always. It comes from training to the end on traces that
-are themselves wrong now and then: stopping early instead gives a model that has not understood the world, because
+Reinforcement learning needs a model that is right often but not always. It comes from training to the end on traces
+that are themselves wrong now and then: stopping early instead gives a model that has not understood the world, because
 accuracy jumps from chance to its final value within a few hundred steps.
 
 The first steps see single facts only, problems of one operation in one pass. They are a fifth as long, and without them
@@ -31,9 +31,9 @@ from rltoken.tiny.model import build_model, model_config
 from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import Trace, World, problem, split_of, trace
 
-STEPS = 1400
+STEPS = 1100
 
-_FACTS_SHARE = 0.4  # of the steps
+_FACTS_SHARE = 0.2  # of the steps
 _BATCH = 32
 _BUCKETS = 20  # batches that are drawn, sorted by length and shuffled together
 _LEARNING_RATE = 3e-3
@@ -48,15 +48,15 @@ def warm_start(
 ) -> str:
     """Train the tiny model on a world's traces, or find it in the cache.
 
-    Training uses one thread, problems of the train split only, and generators of its own: the global ones and the number
-    of torch threads are left as they were. Two processes may ask for the same model at once: one trains, one waits.
+    Training uses one thread, problems of the train split only, and generators of its own: the global ones and the
+    number of torch threads are left as they were. Two processes may ask for the same model at once: one trains, one waits.
 
     Args:
         world: The knobs; the default world where None.
         seed: Of the weights and of the traces. On one machine the same arguments give the same weights.
         steps: Optimizer steps of 32 traces.
-        cache_dir: Where models are kept, one folder each, named by a hash of everything that shapes the model; by
-            default the environment variable `RLTOKEN_CACHE`, or `~/.cache/rltoken/tiny`.
+        cache_dir: Where the folder `tiny` is kept, which holds one folder a model, named by a hash of everything that
+            shapes it; by default the environment variable `RLTOKEN_CACHE`, or `~/.cache/rltoken`.
 
     Returns:
         A folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
@@ -189,8 +189,8 @@ def _publish(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokeniz
 
 
 def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
-    chosen = cache_dir or os.environ.get("RLTOKEN_CACHE") or "~/.cache/rltoken/tiny"
-    return Path(chosen).expanduser().resolve()
+    chosen = cache_dir or os.environ.get("RLTOKEN_CACHE") or "~/.cache/rltoken"
+    return Path(chosen).expanduser().resolve() / "tiny"
 
 
 @contextlib.contextmanager

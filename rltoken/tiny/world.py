@@ -2,8 +2,8 @@
 
 A problem is a start value and a few operations, each with a letter, `S 5 A +3 B *2 C -4`. A trace goes through them one
 by one, `S 5 A +3 1 B *2 2 C -4 5 so 5`, may open with a plan, hesitate, and go through the whole chain again
-(`wait check`), and ends in `</think> 5 <eos>`. A step's result is wrong now and then and the error propagates, so that a
-re-check carries information, accuracy below one comes from the data, and longer thinking is better thinking.
+(`wait check`), and ends in `</think> 5 <eos>`. A step's result is wrong now and then and the error propagates, so that
+a re-check carries information, accuracy below one comes from the data, and longer thinking is better thinking.
 
 An operation with its operand is one token: the fact to learn is then local (previous result, operation -> result). With
 separate tokens models of this size do not learn it.
@@ -41,7 +41,7 @@ class World:
     """The knobs of the world. All `float` knobs are probabilities.
 
     Args:
-        modulus: All values are residues of this number, 3 to 10.
+        modulus: All values are residues of this number, 4 to 10.
         min_operations: The easiest level: the fewest operations of a problem.
         max_operations: The hardest level; levels are drawn uniformly. At most 8.
         noise: A step's result is wrong (uniform over the other residues), and the error propagates.
@@ -60,7 +60,8 @@ class World:
         shortcut: A step of the first pass opens with `quick`; from there on the trace skips `#`, in its re-checks too.
             It is the same wrong answer wherever it occurs, so that a shortcut agrees with itself. Needs `last`.
         formats: How many answer formats occur, of `5`, `ans 5` and `= 5`, drawn uniformly; all are graded alike.
-        longest: No completion, `<eos>` included, has more tokens: a re-check that would not fit is left out.
+        longest: No completion, `<eos>` included, has more tokens: a re-check that would not fit is left out. At most
+            400, for the model's 512 positions.
 
     Raises:
         UserError: A knob is out of its range.
@@ -69,7 +70,7 @@ class World:
     modulus: int = 7
     min_operations: int = 2
     max_operations: int = 5
-    noise: float = 0.05
+    noise: float = 0.035
     styles: tuple[float, ...] = ()
     max_passes: int = 4
     single: float = 0.2
@@ -91,7 +92,9 @@ class World:
             raise UserError("world.shortcut: there is no '#' to skip. Set world.last, the share of problems with one.")
         needed = _longest_first_pass(self)
         if self.longest < needed:
-            raise UserError(f"world.longest: one pass may take {needed} tokens, got {self.longest}. Set it to {needed}.")
+            raise UserError(
+                f"world.longest: one pass may take {needed} tokens, got {self.longest}. Set it to {needed}."
+            )
 
 
 @dataclass(frozen=True)
@@ -266,17 +269,31 @@ def _longest_first_pass(world: World) -> int:
 
 
 def _check_ranges(world: World) -> None:
-    ranges = {
-        "modulus": (3, 10),
-        "min_operations": (1, len(LETTERS) - 1),
-        "max_operations": (world.min_operations, len(LETTERS) - 1),
+    hardest = len(LETTERS) - 1  # one letter is left for `#`
+    counts = {
+        "modulus": (4, 10),
+        "min_operations": (1, hardest),
+        "max_operations": (1, hardest),
         "max_passes": (1, 16),
         "formats": (1, len(FORMATS)),
-        "verbosity": (0, 0.5),
-        **dict.fromkeys(("noise", "single", "stop", "plan", "hesitation", "cut", "last", "shortcut"), (0, 1)),
+        "longest": (1, 400),
     }
-    for knob, (low, high) in ranges.items():
-        if not low <= getattr(world, knob) <= high:
-            raise UserError(f"world.{knob}: {getattr(world, knob)} is out of range. Set it to {low} to {high}.")
-    if len(world.styles) > len(STYLES) or not all(0 <= noise <= 1 for noise in world.styles):
+    for knob, (low, high) in counts.items():
+        value = getattr(world, knob)
+        if not isinstance(value, int) or not low <= value <= high:
+            raise UserError(f"world.{knob}: {value!r} is no whole number from {low} to {high}. Set it to one.")
+    if world.min_operations > world.max_operations:
+        raise UserError(
+            f"world.min_operations: {world.min_operations} is more than world.max_operations, {world.max_operations}."
+            " Lower the one or raise the other."
+        )
+    shares = dict.fromkeys(("noise", "single", "stop", "plan", "hesitation", "cut", "last", "shortcut"), 1.0)
+    for knob, high in {**shares, "verbosity": 0.5}.items():
+        if not _is_share(getattr(world, knob), high):
+            raise UserError(f"world.{knob}: {getattr(world, knob)!r} is no number from 0 to {high}. Set it to one.")
+    if len(world.styles) > len(STYLES) or not all(_is_share(noise, 1.0) for noise in world.styles):
         raise UserError(f"world.styles: give at most {len(STYLES)} probabilities, one per style; got {world.styles}.")
+
+
+def _is_share(value: object, high: float) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= high

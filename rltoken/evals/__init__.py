@@ -1,0 +1,1 @@
+"""Evaluation: generate, grade, and metrics with intervals."""

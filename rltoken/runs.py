@@ -1,0 +1,135 @@
+"""The run directory `runs/<name>`: its name, what it holds, and how a run finds its way back into it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rltoken import __version__
+from rltoken.errors import UserError
+
+FREE = ("name", "runs_dir", "resume")
+"""Keys that may differ when a run is resumed."""
+UNNAMED = ("exp", "scale", "seed", *FREE)
+"""Overrides that do not go into a default name as such."""
+LONGEST_NAME = 80
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "math-verify", "hydra-core", "vllm")
+
+
+def default_name(choices: Mapping[str, Any], seed: int, overrides: Sequence[str]) -> str:
+    """A name that says what runs: exp, scale, seed and every other override. The same command gives the same name."""
+    others = [item for item in overrides if re.split(r"[=@]", item.lstrip("+~"), maxsplit=1)[0] not in UNNAMED]
+    parts = [str(choices.get("exp") or "run"), str(choices["scale"]), f"s{seed}", *others]
+    name = re.sub(r"[^\w.=,+~-]+", "_", "-".join(parts))
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes: rank 0, as launchers tell through the environment."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
+    """Make the run directory and write what a later reader needs to know of this run (rank 0 only).
+
+    Raises:
+        UserError: it exists and `resume` is not set, or it belongs to another configuration, or cannot be written.
+    """
+    if not is_main_process():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        if cfg.resume is None:
+            raise UserError(
+                f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or remove it."
+            )
+        _refuse_changes(folder, cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        (folder / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"runs_dir: {folder} cannot be written ({error.strerror}); set runs_dir=...") from error
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The report of a run that came to its end, or None."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def checkpoint(folder: Path, resume: str | None) -> str | None:
+    """The checkpoint to go on from: the newest of the run for `auto` (None where there is none yet), or the one named.
+
+    Raises:
+        UserError: the named one is not a checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+        newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        return str(newest) if newest else None
+    if not (Path(resume) / "trainer_state.json").exists():
+        raise UserError(f"resume: {resume} is no checkpoint; set resume=auto or the path of a checkpoint-N folder.")
+    return resume
+
+
+def versions() -> dict[str, Any]:
+    """Versions of Python and of every package that shapes a result, and the git revision of the checkout."""
+    found: dict[str, Any] = {"python": sys.version.split()[0], "rltoken": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    revision = _git("rev-parse", "HEAD")
+    if revision:
+        found |= {"git": revision, "git_dirty": bool(_git("status", "--porcelain"))}
+    return found
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old, new = _flat(OmegaConf.load(path)), _flat(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in changed if key.split(".")[0] not in FREE]
+    if changed:
+        key = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{key}: {folder} was made with {key}={old.get(key)}, not {new.get(key)}{more}; resume it with its own "
+            "settings (see its command.txt), or choose another name=..."
+        )
+
+
+def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg) if not isinstance(cfg, dict) else cfg
+    found: dict[str, Any] = {}
+    for key, value in container.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

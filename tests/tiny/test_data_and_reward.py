@@ -1,0 +1,88 @@
+"""Data sets and correctness of the embedded world."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rltoken.errors import UserError
+from rltoken.tiny import World, accuracy, answer, problems
+from rltoken.tiny.world import solve
+
+
+def texts(rows) -> list[str]:
+    return [prompt[0]["content"] for prompt in rows["prompt"]]
+
+
+def test_columns_ids_and_gold_answers():
+    rows = problems(300, seed=3)
+    assert rows.column_names == ["prompt", "answer", "id", "level"]
+    assert len(set(rows["id"])) == len(set(texts(rows))) == len(rows) == 300
+    assert all(prompt[0]["role"] == "user" for prompt in rows["prompt"])
+    assert list(rows["answer"]) == [solve(text, World()) for text in texts(rows)]
+    assert set(rows["level"]) == {2, 3, 4, 5}
+
+
+def test_splits_share_no_problem_whatever_the_seeds():
+    world = World(min_operations=1, max_operations=2)
+    train = {text for seed in range(3) for text in texts(problems(600, world=world, seed=seed))}
+    held_out = {text for seed in range(3) for text in texts(problems(100, world=world, seed=seed, split="eval"))}
+    assert not train & held_out
+
+
+def test_the_seed_decides():
+    assert texts(problems(20, seed=1)) == texts(problems(20, seed=1))
+    assert texts(problems(20, seed=1)) != texts(problems(20, seed=2))
+
+
+def test_more_problems_begin_with_the_same_ones():
+    assert texts(problems(30))[:10] == texts(problems(10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, r"data\.train\.n: 0 problems"),
+        ({"n": 1, "split": "test"}, r"data\.test\.split: .* Choose train or eval"),
+        ({"n": 9999, "world": World(min_operations=1, max_operations=1)}, r"data\.train\.n: .*too few"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        problems(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("S 5 so 5 </think> 5", "5"),
+        ("so 5 </think> ans 5", "5"),
+        ("so 5 </think> = 5", "5"),
+        ("</think> 05", "5"),
+        ("so 5 </think>5", "5"),
+        ("so 5", None),
+        ("so 5 </think>", None),
+        ("</think> 5 </think> 5", None),
+        ("so 5 </think> 5 5", None),
+        ("so 5 </think> so 5", None),
+        ("so 5 </think> ans = 5", None),
+        ("", None),
+    ],
+)
+def test_the_answer_stands_after_the_only_end_of_thinking(text, found):
+    assert answer(text) == found
+
+
+@given(st.text())
+def test_no_text_breaks_the_reader(text):
+    found = answer(text)
+    assert found is None or found == str(int(found))
+
+
+def test_accuracy_reads_conversations_and_strings():
+    replies = ["so 1 </think> 1", "so 1 </think> = 2", "so 1"]
+    conversations = [[{"role": "assistant", "content": reply}] for reply in replies]
+    gold = ["1", "1", "1"]
+    assert accuracy(conversations, gold, level=[1, 1, 1]) == [1.0, 0.0, 0.0]
+    assert accuracy(completions=replies, answer=gold) == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError):
+        accuracy(replies, ["1"])
