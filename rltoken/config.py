@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import os
 import re
 import types
 import typing
@@ -17,10 +18,24 @@ from omegaconf import DictConfig, OmegaConf
 from trl import GRPOConfig
 
 from rltoken.errors import UserError, first_line
+from rltoken.pipeline import refuse_split_groups
 
 TOP_LEVEL = (
     "name", "seed", "resume", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval", "method",
 )  # fmt: skip
+GROUPS = (
+    "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora", "scale", "hardware",
+)  # fmt: skip
+"""Groups of configuration files that have no key of their own at the top level."""
+CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+"""What TRL knows but checks only once training has begun."""
 OWNED = {"output_dir": "runs_dir and name", "seed": "seed", "data_seed": "seed"}
 """Fields of GRPOConfig that other keys of the configuration decide."""
 PLAIN = (bool, int, float, str)
@@ -64,6 +79,17 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     for key in ("max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if settings[key] is None or settings[key] < 1:
             raise UserError(f"trainer.{key}: {settings[key]} is not possible; set it to 1 or more.")
+    for key, choices in CHOICES.items():
+        if settings[key] not in (*choices, True, False):
+            raise UserError(
+                f"trainer.{key}: there is no {settings[key]!r}{nearest(str(settings[key]), choices)}; choose one of: "
+                f"{', '.join(choices)}."
+            )
+    batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
+    steps = settings["steps_per_generation"] or settings["gradient_accumulation_steps"]
+    if settings["generation_batch_size"]:
+        steps = settings["generation_batch_size"] // (batch * world)
+    refuse_split_groups(batch, steps, settings["num_generations"])
     try:
         return GRPOConfig(output_dir=output_dir, seed=seed, **settings)
     except (ValueError, TypeError, ImportError) as error:
@@ -71,14 +97,19 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Refuse a key at the top level that nobody reads (`+modle.path=x` would otherwise be ignored).
+    """Refuse a key at the top level that nobody reads (`+modle.path=x` would otherwise be ignored), and missing values.
 
     Raises:
         UserError: names the key and the nearest one.
     """
     for key in cfg:
         if key not in TOP_LEVEL:
-            raise UserError(f"{key}: there is no such key{nearest(key, TOP_LEVEL)}; there are: {', '.join(TOP_LEVEL)}.")
+            known = (*GROUPS, *TOP_LEVEL)
+            raise UserError(
+                f"{key}: there is no such key or group{nearest(key, known)}; there are: {', '.join(known)}."
+            )
+    for key in sorted(OmegaConf.missing_keys(cfg), key=len):
+        raise UserError(f"{key}: it has no value yet; set {key}=...")
 
 
 def explain(error: Exception, keys: Iterable[str], groups: Mapping[str, Iterable[str]]) -> UserError:
@@ -97,35 +128,45 @@ def explain(error: Exception, keys: Iterable[str], groups: Mapping[str, Iterable
         return UserError(
             f"{group}={name}: there is no such choice{nearest(name, options)}; '{group}' has: {', '.join(options)}."
         )
-    if value := re.search(r"(Value '.*' .*could not be converted to \w+|Incompatible value '.*' for field of type '.*')", text):
+    if value := re.search(
+        r"(Value '.*' .*could not be converted to \w+|Incompatible value '.*' for field of type '.*')", text
+    ):
         key = re.search(r"full_key: (\S+)", text)
         return UserError(f"{key[1] if key else 'configuration'}: {value[1]}; give a value of that type.")
-    if missing := re.search(r"[Mm]issing mandatory value: (\S+)|MissingMandatoryValue.*?(\w[\w.]*)", text):
-        key = (missing[1] or missing[2]).rstrip(".")
-        return UserError(f"{key}: it has no value yet; set {key}=...")
-    if missing := re.search(r"InterpolationToMissingValueError.*?'(\w[\w.]*)'|to missing value (?:in )?'?(\w[\w.]*)", text):
-        key = missing[1] or missing[2]
-        return UserError(f"{key}: it has no value yet; set {key}=...")
+    if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
+        return UserError(f"{missing[1]}: it has no value yet; set {missing[1]}=...")
     unknown = re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text) or re.search(
         r"full_key: (\S+)", text
     )
     if unknown:
-        known = [*keys, *groups]
         return UserError(
-            f"{unknown[1]}: there is no such key{nearest(unknown[1], known)}. 'python -m rltoken.train --cfg job' prints "
+            f"{unknown[1]}: there is no such key{nearest_key(unknown[1], [*keys, *groups])}. 'python -m rltoken.train --cfg job' prints "
             "all of them; a leading '+' adds a group such as +exp=grpo."
+        )
+    if parsed := re.search(r"Error parsing override '(.*)'", text):
+        return UserError(
+            f"{parsed[1]}: this is no override; write key=value, and quote what the shell would take apart."
         )
     return UserError(f"command line: {first_line(error)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest of the known names, or nothing."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:  # the last part of a dotted key may stand elsewhere in the tree
-        leaf = name.rpartition(".")[2]
-        near = [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str:
+    """The same for a dotted key: the first part of it that is wrong is compared with what stands at its place."""
+    known, parts = set(known), name.split(".")
+    wrong = next((i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in known), len(parts) - 1)
+    prefix = ".".join(parts[:wrong])
+    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == prefix]
+    near = difflib.get_close_matches(parts[wrong], sorted(siblings), n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean '{prefix}{'.' if prefix else ''}{near[0]}'?)"
+    elsewhere = sorted(key for key in known if key.rpartition(".")[2] == parts[-1])
+    return f" (did you mean '{elsewhere[0]}'?)" if elsewhere else ""
 
 
 def flat_keys(cfg: DictConfig) -> list[str]:

@@ -195,9 +195,7 @@ def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"model.lora: peft.LoraConfig refuses it: {first_line(error)} Correct that setting."
-        ) from error
+        raise UserError(f"model.lora: peft.LoraConfig refuses it: {first_line(error)} Correct that setting.") from error
 
 
 def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

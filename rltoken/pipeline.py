@@ -125,7 +125,7 @@ class Pipeline:
         Raises:
             UserError: names the keys, the reason and the fix.
         """
-        _check_groups(args)
+        refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
         _check_token_credit(self, args)
         _check_added_rows(self, args)
         if self["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
@@ -266,13 +266,18 @@ def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str
     return call, (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
 
-def _check_groups(args: GRPOConfig) -> None:
-    local = args.per_device_train_batch_size * args.steps_per_generation
-    if local % args.num_generations:
+def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generations: int) -> None:
+    """Refuse a window in which a rank would not hold whole groups: their statistics are taken where they are.
+
+    Raises:
+        UserError: batch_size x steps_per_generation rows of a rank are no multiple of num_generations.
+    """
+    rows = batch_size * steps_per_generation
+    if rows % num_generations:
         raise UserError(
-            f"trainer.num_generations: a group of {args.num_generations} would be split over ranks: each holds "
-            f"per_device_train_batch_size x steps_per_generation = {args.per_device_train_batch_size} x "
-            f"{args.steps_per_generation} = {local} rows; make that a multiple of num_generations."
+            f"trainer.num_generations: a group of {num_generations} would be split over ranks or windows: a rank holds "
+            f"per_device_train_batch_size x steps_per_generation = {batch_size} x {steps_per_generation} = {rows} rows; "
+            "make that a multiple of num_generations."
         )
 
 

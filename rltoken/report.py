@@ -64,7 +64,11 @@ def picture(report: Mapping[str, Any], metrics: list[dict[str, Any]], path: Path
     figure, (rewards, lengths, final) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     steps = [line["step"] for line in metrics if "reward" in line]
     for axis, series, label in (
-        (rewards, {"reward": ("reward", "curve"), "rewards/accuracy/mean": ("accuracy", "after")}, "mean over the window"),
+        (
+            rewards,
+            {"reward": ("reward", "curve"), "rewards/accuracy/mean": ("accuracy", "after")},
+            "mean over the window",
+        ),
         (lengths, {"thinking_tokens": ("thinking tokens", "curve")}, "tokens, mean over the window"),
     ):
         for key, (name, colour) in series.items():

@@ -23,6 +23,8 @@ FREE = ("name", "runs_dir", "resume")
 """Keys that may differ when a run is resumed."""
 UNNAMED = ("exp", "scale", "seed", *FREE)
 """Overrides that do not go into a default name as such."""
+NOTES = {"config.yaml", "command.txt", "versions.json", "traceback.txt"}
+"""What a run that ended before it began leaves behind; it does not stand in the way of the next try."""
 LONGEST_NAME = 80
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "math-verify", "hydra-core", "vllm")
 
@@ -50,7 +52,7 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
     """
     if not is_main_process():
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= NOTES:
         if cfg.resume is None:
             raise UserError(
                 f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or remove it."

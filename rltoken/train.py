@@ -20,7 +20,6 @@ from datasets import Dataset
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins  # noqa: F401  (loads Hydra's plugins before its errors are caught)
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +29,7 @@ from rltoken import config, report, runs
 from rltoken.errors import UserError
 
 CONFIG_MODULE = "rltoken.conf"
-_statuses: list[int] = []
+STATUSES: list[int] = []
 """Exit status of each job of this process: --multirun runs several."""
 
 
@@ -43,7 +42,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         GlobalHydra.instance().clear()
         fail(config.explain(error, *known_names()))
-    sys.exit(max(_statuses, default=0))
+    sys.exit(max(STATUSES, default=0))
 
 
 def fail(error: UserError) -> None:
@@ -63,11 +62,11 @@ def _job(cfg: DictConfig) -> None:
             cfg.name = runs.default_name(chosen.runtime.choices, cfg.seed, chosen.overrides.task)
         folder = Path(cfg.runs_dir) / cfg.name
         run(cfg, folder)
-        _statuses.append(0)
+        STATUSES.append(0)
     except Exception as error:
         mendable = user_error(error)
         _keep_traceback(folder)
-        _statuses.append(2 if mendable else 1)
+        STATUSES.append(2 if mendable else 1)
         if mendable is None:
             traceback.print_exc()
         else:
@@ -86,25 +85,24 @@ def user_error(error: BaseException) -> UserError | None:
 
 
 def known_names() -> tuple[list[str], dict[str, list[str]]]:
-    """Every key of the default configuration, and the choices of every group."""
+    """Every key that there is beside the mistake, and the choices of every group."""
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         groups = {}
-        for group in _groups(loader, ""):
-            names = [name for name in loader.get_group_options(group) if not name.startswith("_") and name != "schema"]
-            groups[group] = names
-        return config.flat_keys(compose("config")), groups
+        for group in loader.list_groups(""):
+            if not group.startswith(("hydra", "_")):
+                options = loader.get_group_options(group)
+                groups[group] = [name for name in options if not name.startswith("_") and name != "schema"]
+        return config.flat_keys(_without_mistake()), groups
 
 
-def _groups(loader: Any, parent: str) -> list[str]:
-    from hydra.core.object_type import ObjectType
-
-    found = []
-    for name in loader.list_groups(parent):
-        group = f"{parent}/{name}".lstrip("/")
-        if not name.startswith("hydra") and not name.startswith("__"):
-            found += [group, *_groups(loader, group)]
-    return [group for group in found if loader.get_group_options(group, ObjectType.CONFIG)]
+def _without_mistake() -> DictConfig:
+    """The configuration that the command line's choices of groups give, or the default one if it is they that are wrong."""
+    choices = [item for item in sys.argv[1:] if "=" in item and "." not in item.partition("=")[0] and item[0] != "-"]
+    try:
+        return compose("config", overrides=choices)
+    except (HydraException, OmegaConfBaseException):
+        return compose("config")
 
 
 def run(cfg: DictConfig, folder: Path) -> None:
@@ -119,10 +117,11 @@ def run(cfg: DictConfig, folder: Path) -> None:
         print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
+    checkpoint = runs.checkpoint(folder, cfg.resume)
     runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
     trainer, evaluation = assemble(cfg, folder, pipeline, args, lora)
     before = evaluation("before") if cfg.eval.before else None
-    trainer.train(resume_from_checkpoint=runs.checkpoint(folder, cfg.resume))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "final"))
     after = evaluation("after") if cfg.eval.after else None
     if trainer.accelerator.is_main_process:

@@ -58,7 +58,11 @@ def evaluate(
     model.eval()
     records: list[dict[str, Any]] = []
     try:
-        with forked_rng(seed), torch.no_grad(), tqdm(total=len(jobs), desc=label, disable=not sys.stderr.isatty()) as bar:
+        with (
+            forked_rng(seed),
+            torch.no_grad(),
+            tqdm(total=len(jobs), desc=label, disable=not sys.stderr.isatty()) as bar,
+        ):
             for start in range(0, len(jobs), batch_size):
                 batch = jobs[start : start + batch_size]
                 records += _graded(model, tokenizer, dataset, reward, batch, settings, ends, think_end_id)

@@ -34,7 +34,7 @@ def problems(n: int, *, world: World | None = None, seed: int = 0, split: Split 
     world = world or World()
     rng = random.Random(f"{seed}/{split}")
     # An eval problem takes ten draws on average; a world that gives so few new ones is all but exhausted.
-    found = _distinct(n, 200 * n + 10_000, lambda: problem(rng, world), split)
+    found = _distinct(n, 100 * n + 10_000, lambda: problem(rng, world), split)
     if len(found) < n:
         raise UserError(
             f"data.{split}.n: this world has too few {split} problems for {n}, {len(found)} were found."

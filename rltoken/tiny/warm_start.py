@@ -49,7 +49,8 @@ def warm_start(
     """Train the tiny model on a world's traces, or find it in the cache.
 
     Training uses one thread, problems of the train split only, and generators of its own: the global ones and the
-    number of torch threads are left as they were. Two processes may ask for the same model at once: one trains, one waits.
+    number of torch threads are left as they were. Two processes may ask for the same model at once: one trains, the
+    other waits.
 
     Args:
         world: The knobs; the default world where None.

@@ -30,15 +30,15 @@ def test_variants_only_change_knobs_of_the_world(config, name):
 
 
 def test_a_knob_reaches_model_and_data_from_one_place(config, tmp_path):
-    config.world.max_operations = 2
+    config.world.max_operations = 3
     config.world.styles = [0.1, 0.2]
     config.model.source.steps = 0
     config.model.source.cache_dir = str(tmp_path)
     folder = Path(instantiate(config.model.source))
     recipe = OmegaConf.load(folder / "recipe.json")
-    assert recipe.world.max_operations == 2
+    assert recipe.world.max_operations == 3
     assert list(recipe.world.styles) == [0.1, 0.2]
-    assert set(instantiate(config.data.train)["level"]) == {2}
+    assert set(instantiate(config.data.train)["level"]) == {2, 3}
     assert len(instantiate(config.data.eval)) == config.data.eval.n
 
 

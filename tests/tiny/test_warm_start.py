@@ -63,13 +63,13 @@ def test_seed_steps_model_template_source_and_versions_change_the_key(monkeypatc
     base = key(World())
     assert key(World()) == base
     others = [key(World(), seed=1), key(World(), steps=4)]
-    for name, value in {"torch.__version__": "0", "transformers.__version__": "0"}.items():
+    for library in (module.torch, module.transformers):
         with monkeypatch.context() as patched:
-            patched.setattr(name, value)
+            patched.setattr(library, "__version__", "0")
             others.append(key(World()))
     with monkeypatch.context() as patched:
-        config = module.model_config
-        patched.setattr(module, "model_config", lambda tokenizer: (c := config(tokenizer), setattr(c, "pad", 1))[0])
+        config, tokenizer_of_another_size = module.model_config, build_tokenizer(World(modulus=5))
+        patched.setattr(module, "model_config", lambda _: config(tokenizer_of_another_size))
         others.append(key(World()))
     with monkeypatch.context() as patched:
         patched.setattr("rltoken.tiny.tokenizer.CHAT_TEMPLATE", "{{ messages }}")

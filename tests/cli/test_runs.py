@@ -1,0 +1,139 @@
+"""What a run leaves behind, how it is named, resumed and swept, and what the entry prints."""
+
+import json
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+from rltoken import runs
+from rltoken.config import trainer_schema
+from rltoken.evals.generate import evaluate
+from rltoken.evals.metrics import clustered, mean_interval, paired_interval, summary
+from rltoken.tiny import World, problems, warm_start
+from rltoken.tiny.reward import accuracy
+
+
+def test_a_run_directory_holds_what_a_reader_needs(cli):
+    found = cli("+exp=forking_tokens", "name=mine", "trainer.report_to=tensorboard")
+    assert found.status == 0, found.err
+    folder = found.runs / "mine"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["method"]["weights"]["forks"]["rho"] == 0.2 and config["trainer"]["loss_type"] == "dr_grpo"
+    assert "-m rltoken.train" in (folder / "command.txt").read_text()
+    versions = json.loads((folder / "versions.json").read_text())
+    assert {"python", "torch", "trl", "transformers", "rltoken"} <= versions.keys()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "reward" in line] == [1, 2]
+    assert {"rewards/accuracy/mean", "thinking_tokens", "entropy"} <= metrics[0].keys()
+    assert len(pd.read_parquet(min(folder.glob("completions/*.parquet")))) == 8
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert (folder / "report.png").stat().st_size > 10_000
+    report = json.loads((folder / "report.json").read_text())
+    assert report["before"]["problems"] == 4 and report["after"]["samples"] == 4
+    assert list(folder.rglob("*tfevents*")), "report_to=tensorboard wrote nothing"
+    assert "accuracy" in found.out and "picture" in found.out and "step 2/2" in found.err
+    assert not (found.runs.parent / "outputs").exists()
+
+
+def test_resume_auto(cli):
+    quick = ("name=mine", "eval.before=false", "eval.after=false")
+    assert cli(*quick, "resume=auto").status == 0, "nothing to resume: it starts"
+    folder = cli(*quick).runs / "mine"
+    finished = cli(*quick, "resume=auto")
+    assert finished.status == 0 and "is finished" in finished.out
+    whole = torch.load(folder / "checkpoint-2/rltoken_0.pt", weights_only=True)
+    (folder / "report.json").unlink()
+    for path in (folder / "checkpoint-2").iterdir():
+        path.unlink()
+    (folder / "checkpoint-2").rmdir()
+    assert cli(*quick, "resume=auto").status == 0
+    again = torch.load(folder / "checkpoint-2/rltoken_0.pt", weights_only=True)
+    assert torch.equal(whole["window"][0]["completion_ids"], again["window"][0]["completion_ids"])
+
+
+def test_multirun_gives_every_job_its_own_directory(cli):
+    found = cli("+exp=grpo", "seed=1,2", "eval.before=false", "eval.after=false", "--multirun")
+    assert found.status == 0, found.err
+    names = sorted(path.name for path in found.runs.iterdir())
+    assert len(names) == 2 and names[0].startswith("grpo-tiny-s1") and names[1].startswith("grpo-tiny-s2")
+
+
+def test_default_names():
+    choices = {"exp": "brpo", "scale": "tiny"}
+    assert runs.default_name(choices, 3, ["+exp=brpo", "seed=3"]) == "brpo-tiny-s3"
+    assert runs.default_name(choices, 0, ["+weight=[forks,thr]", "resume=auto"]) == "brpo-tiny-s0-+weight=_forks,thr_"
+    long = [runs.default_name(choices, 0, [f"data.path={'x' * 200}{i}"]) for i in (1, 2)]
+    assert long[0] != long[1] and all(len(name) < 100 for name in long)
+    assert "/" not in runs.default_name({"exp": "paper/brpo", "scale": "paper"}, 0, [])
+
+
+def test_help_and_printed_configuration(cli):
+    shown = cli("--help")
+    assert shown.status == 0
+    for word in ("+exp=grpo", "scale", "weight", "--multirun", "forking_tokens", "resume=auto"):
+        assert word in shown.out
+    printed = cli("+exp=grpo", "--cfg", "job", "--resolve")
+    config = yaml.safe_load(printed.out)
+    assert printed.status == 0 and config["data"]["train"]["world"]["noise"] == config["world"]["noise"]
+    assert not printed.runs.exists()
+
+
+def test_a_scale_never_beats_the_command_line(cli):
+    config = yaml.safe_load(cli("+exp=grpo", "scale=paper", "model=smollm2", "data=gsm8k", "trainer.beta=0.5", "--cfg", "job").out)
+    assert config["model"]["source"]["_target_"] == "rltoken.models.smollm2"
+    assert config["trainer"]["beta"] == 0.5 and config["trainer"]["learning_rate"] == 1e-6
+
+
+def test_every_field_of_grpo_config_can_be_set():
+    import dataclasses
+
+    names = {field.name for field in dataclasses.fields(trainer_schema())}
+    assert names == {field.name for field in dataclasses.fields(GRPOConfig)} - {"output_dir", "seed", "data_seed"}
+    OmegaConf.structured(trainer_schema())
+
+
+def test_evaluation_is_reproducible_and_leaves_random_states_alone(cache, monkeypatch):
+    monkeypatch.setenv("RLTOKEN_CACHE", str(cache))
+    folder = warm_start(world=World(), steps=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.train()
+    settings = {
+        "samples": 2, "temperature": 1.0, "max_new_tokens": 12, "batch_size": 5, "think_end_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+    dataset = problems(4, split="eval")
+    one, two, other = (evaluate(model, tokenizer, dataset, accuracy, seed=seed, **settings) for seed in (1, 1, 2))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2]) and model.training
+    pd.testing.assert_frame_equal(one, two)
+    assert one["text"].tolist() != other["text"].tolist()
+    assert len(one) == 8 and one["completion_tokens"].max() <= 12
+
+
+def test_intervals():
+    # mean 2, s = 1, t(0.975, 2) = 4.302653: half width 4.302653 / sqrt(3) = 2.484138
+    found = mean_interval([1.0, 2.0, 3.0])
+    assert (found.mean, found.n) == (2.0, 3) and found.half_width == pytest.approx(2.484138, abs=1e-6)
+    assert mean_interval([1.0]).half_width == float("inf")
+    assert paired_interval([1.0, 2.0, 4.0], [0.0, 1.0, 3.0]).half_width == 0.0
+    with pytest.raises(ValueError, match="zip"):
+        paired_interval([1.0], [1.0, 2.0])
+
+
+def test_intervals_are_clustered_by_problem():
+    table = pd.DataFrame({"id": ["a", "a", "b", "b"], "correct": [1.0, 1.0, 0.0, 0.0]})
+    # two problems with means 1 and 0: s = 0.707107, t(0.975, 1) = 12.706205
+    assert clustered(table, "correct").half_width == pytest.approx(12.706205 * 0.707107 / 2**0.5, rel=1e-5)
+    table = table.assign(thinking_tokens=[1, 2, 3, 4], completion_tokens=5, truncated=[True, False, False, False])
+    numbers = summary(table)
+    assert numbers["accuracy"] == 0.5 and numbers["thinking_tokens"] == 2.5 and numbers["truncated"] == 0.25
+    assert (numbers["problems"], numbers["samples"]) == (2, 4)
