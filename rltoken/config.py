@@ -24,7 +24,8 @@ TOP_LEVEL = (
     "name", "seed", "resume", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval", "method",
 )  # fmt: skip
 GROUPS = (
-    "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora", "scale", "hardware",
+    "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora",
+    "scale", "hardware",
 )  # fmt: skip
 """Groups of configuration files that have no key of their own at the top level."""
 CHOICES = {
@@ -68,13 +69,13 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
         settings["bf16"] = not settings["fp16"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if "seed" in (settings["generation_kwargs"] or {}):
         raise UserError(
-            "trainer.generation_kwargs.seed: one seed for all would make the completions of a group identical; remove it "
-            "and set seed."
+            "trainer.generation_kwargs.seed: one seed for all would make the completions of a group identical; "
+            "remove it and set seed."
         )
     if settings["num_generations"] is not None and settings["num_generations"] < 2:
         raise UserError(
-            f"trainer.num_generations: GRPO compares the completions of a prompt, so {settings['num_generations']} is too "
-            "few; set it to 2 or more."
+            f"trainer.num_generations: GRPO compares the completions of a prompt, so {settings['num_generations']} "
+            "is too few; set it to 2 or more."
         )
     for key in ("max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if settings[key] is None or settings[key] < 1:
@@ -139,9 +140,10 @@ def explain(error: Exception, keys: Iterable[str], groups: Mapping[str, Iterable
         r"full_key: (\S+)", text
     )
     if unknown:
+        near = nearest_key(unknown[1], [*keys, *groups])
         return UserError(
-            f"{unknown[1]}: there is no such key{nearest_key(unknown[1], [*keys, *groups])}. 'python -m rltoken.train --cfg job' prints "
-            "all of them; a leading '+' adds a group such as +exp=grpo."
+            f"{unknown[1]}: there is no such key{near}. 'python -m rltoken.train --cfg job' prints all of them; a "
+            "leading '+' adds a group such as +exp=grpo."
         )
     if parsed := re.search(r"Error parsing override '(.*)'", text):
         return UserError(

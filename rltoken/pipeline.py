@@ -211,8 +211,8 @@ def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
     if base.dim() == 2 and value.dim() == 1 and value.size(0) == base.size(0):
         return value.unsqueeze(1).expand_as(base)
     raise UserError(
-        f"{stage.key}: the stage returned the shape {list(value.shape)} where {list(base.shape)} or [{base.size(0)}] is "
-        "needed; return one value per row or per token of the signals it was given."
+        f"{stage.key}: the stage returned the shape {list(value.shape)} where {list(base.shape)} or [{base.size(0)}] "
+        "is needed; return one value per row or per token of the signals it was given."
     )
 
 
@@ -276,8 +276,8 @@ def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generati
     if rows % num_generations:
         raise UserError(
             f"trainer.num_generations: a group of {num_generations} would be split over ranks or windows: a rank holds "
-            f"per_device_train_batch_size x steps_per_generation = {batch_size} x {steps_per_generation} = {rows} rows; "
-            "make that a multiple of num_generations."
+            f"per_device_train_batch_size x steps_per_generation = {batch_size} x {steps_per_generation} = {rows} "
+            "rows; make that a multiple of num_generations."
         )
 
 

@@ -55,7 +55,8 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
     if folder.exists() and not {path.name for path in folder.iterdir()} <= NOTES:
         if cfg.resume is None:
             raise UserError(
-                f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or remove it."
+                f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or "
+                "remove it."
             )
         _refuse_changes(folder, cfg)
     try:

@@ -1,6 +1,6 @@
 """Train a reasoning model: `python -m rltoken.train +exp=grpo`; `--help` explains the rest.
 
-compose -> check -> run directory -> data, tokenizer, model -> evaluate -> train or resume -> save -> evaluate -> report.
+compose -> check -> run directory -> data, tokenizer, model -> evaluate -> train or resume -> evaluate -> report.
 Nothing is loaded before the configuration has been checked. What a user can mend ends in one line and exit status 2.
 """
 
@@ -97,7 +97,7 @@ def known_names() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _without_mistake() -> DictConfig:
-    """The configuration that the command line's choices of groups give, or the default one if it is they that are wrong."""
+    """The configuration that the command line's choices of groups give, or the default one if those are wrong."""
     choices = [item for item in sys.argv[1:] if "=" in item and "." not in item.partition("=")[0] and item[0] != "-"]
     try:
         return compose("config", overrides=choices)
@@ -216,7 +216,7 @@ def drop_printing_callbacks(trainer: Any) -> None:
 def evaluated(
     settings: DictConfig, trainer: Any, dataset: Dataset, reward: Any, folder: Path, phase: str
 ) -> dict[str, float]:
-    """Evaluate the model as it stands, each rank a share of the problems; the table goes to evaluation_<phase>.parquet."""
+    """Evaluate the model as it stands, each rank a share of the problems; writes evaluation_<phase>.parquet."""
     import pandas as pd
 
     from rltoken.evals.generate import evaluate

@@ -1,6 +1,6 @@
 """TokenGRPOTrainer: TRL's GRPOTrainer with a pipeline of stages plugged into its two seams.
 
-    make_window   prompts, controls -> [sample, grade, rows] -> TRL's window (shapes) -> credits, bounds, weights, ratios
+    make_window   prompts, controls -> [sample, grade, rows] -> TRL's window, shapes -> credits, bounds, weights, ratios
     step_loss     one forward -> forward bounds, weights, ratios -> TRL's loss -> auxiliary losses
 
 It holds no algorithm: methods live in `rltoken.methods`, what stages see in `rltoken.signals`, TRL's private names in
@@ -368,7 +368,7 @@ class TokenGRPOTrainer(SeamTrainer):
         return inputs
 
     def _auxiliary_loss(self, stage: Stage, signals: Signals, inputs: dict[str, Any]) -> Tensor:
-        """A scalar: the stage's unreduced loss, reduced as TRL reduces the policy loss, with the full mask as divisor."""
+        """A scalar: the stage's unreduced loss, reduced as TRL reduces the policy loss, divided by the full mask."""
         found: dict[str, Any] = {}
 
         def without_metrics(*needed: Any) -> Tensor:
@@ -454,8 +454,8 @@ class TokenGRPOTrainer(SeamTrainer):
             self.top_entropy_quantile < 1 or self.entropy_coef or self.use_adaptive_entropy
         ):
             raise UserError(
-                "rollout.pack_tokens: TRL's top_entropy_quantile and entropy_coef are statistics of a whole micro-batch; "
-                "use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
+                "rollout.pack_tokens: TRL's top_entropy_quantile and entropy_coef are statistics of a whole "
+                "micro-batch; use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
             )
         if self.pipeline.needs("answers") and self.answer_fn is None:
             raise UserError("reward.answer: a stage names the signal 'answers'; set a function text -> answer or None.")
@@ -497,8 +497,8 @@ def check_rollout(stage: Stage, rollout: Rollout, originals: int) -> None:
     """
     if len(rollout.inputs) != originals or len(rollout.rows) < originals:
         raise UserError(
-            f"{stage.key}: returned {len(rollout.inputs)} prompts and {len(rollout.rows)} rows for {originals} prompts; "
-            "a rows stage may replace or add rows, but one thinking row per prompt must stay, and come first."
+            f"{stage.key}: returned {len(rollout.inputs)} prompts and {len(rollout.rows)} rows for {originals} "
+            "prompts; a rows stage may replace or add rows, but one thinking row per prompt must stay, and come first."
         )
     for i, row in enumerate(rollout.rows):
         if i < originals and (row.kind != THINKING or row.parent != i):

@@ -1,9 +1,9 @@
 """The only module that touches a private name of TRL or of transformers' Trainer.
 
 `SeamTrainer` is GRPOTrainer with its private seams under public names: what a subclass overrides (`make_window`,
-`step_loss`, `score`, `checkpoint_state`, `restore_state`) and what it calls (`stock_window`, `stock_loss`, `sample`, `grade`,
-`decode`, `forward`, ...). It holds no algorithm. tests/trl/test_private_names.py keeps a snapshot of every name used
-here and says what changed when TRL does.
+`step_loss`, `score`, `checkpoint_state`, `restore_state`) and what it calls (`stock_window`, `stock_loss`, `sample`,
+`grade`, `decode`, `forward`, ...). It holds no algorithm. tests/trl/test_private_names.py keeps a snapshot of every
+name used here and says what changed when TRL does.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SeamTrainer(GRPOTrainer):
         return self.stock_loss(model, inputs)
 
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
-        """[N] shaped rewards of the gathered rows from [N, F] raw ones, or None to leave the raw sum (training only)."""
+        """[N] shaped rewards of the gathered rows from [N, F] raw ones; None leaves the raw sum (training only)."""
         return None
 
     def checkpoint_state(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class SeamTrainer(GRPOTrainer):
             return self._old_forward(self.model, *_scored(window), what=what, batch_size=batch_size)
 
     def reference_logps(self, window: dict[str, Any]) -> Tensor:
-        """[B, T] log-probs under the frozen reference: TRL's where it has one, the adapter's base, or a copy on disk."""
+        """[B, T] log-probs under the frozen reference: TRL's, the adapter's base, or the model that is on disk."""
         if "ref_per_token_logps" in window:
             return window["ref_per_token_logps"]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):

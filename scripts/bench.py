@@ -4,9 +4,9 @@
     python scripts/bench.py                                    # the identity pipeline on the warm-started tiny world
     python scripts/bench.py +weight=forks --rounds 10          # any method, in the words of the command line
 
-Both trainers start each round from the same weights and seeds, so the identity pipeline samples the same tokens as stock
-GRPO. Absolute seconds depend on the machine and its neighbours; the ratio is what may be quoted, with its interval: the
-quartiles of the ratios of the single rounds.
+Both trainers start each round from the same weights and seeds, so the identity pipeline samples the same tokens as
+stock GRPO. Absolute seconds depend on the machine and its neighbours; the ratio is what may be quoted, with its
+interval: the quartiles of the ratios of the single rounds.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def train(cfg, folder, *, stock: bool) -> tuple[list[float], int]:
     set_seed(cfg.seed)
     times = StepTimes()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {} if stock else {"pipeline": build(instantiate(cfg.method)), "think_end_id": think_end_id(cfg, tokenizer)}
+    options = (
+        {} if stock else {"pipeline": build(instantiate(cfg.method)), "think_end_id": think_end_id(cfg, tokenizer)}
+    )
     cls = GRPOTrainer if stock else TokenGRPOTrainer
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = cls(
@@ -102,7 +104,9 @@ def main() -> None:
     low, _, high = statistics.quantiles(ratios, n=4)
     print(f"stock GRPOTrainer  {medians['stock']:.4f} s a step, {tokens['stock']} tokens a run")
     print(f"TokenGRPOTrainer   {medians['ours']:.4f} s a step, {tokens['ours']} tokens a run")
-    print(f"ratio of medians   {medians['ours'] / medians['stock']:.4f} (quartiles over rounds {low:.4f} to {high:.4f})")
+    print(
+        f"ratio of medians   {medians['ours'] / medians['stock']:.4f} (quartiles over rounds {low:.4f} to {high:.4f})"
+    )
 
 
 if __name__ == "__main__":

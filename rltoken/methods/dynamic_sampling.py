@@ -3,7 +3,7 @@
 Paper: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 2025 (arXiv 2503.14476), eq. 11:
 0 < |{o_i correct}| < G for every group of the window.
 
-Deviation: the window is refilled in place for at most `max_rounds` rounds; groups without spread that are left then stay
+Deviation: the window is refilled in place for at most `max_rounds` rounds; groups without spread left then stay
 (their advantage is zero), so that the number of rows never changes. Prompts come from a stream of their own.
 """
 

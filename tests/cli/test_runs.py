@@ -87,7 +87,9 @@ def test_help_and_printed_configuration(cli):
 
 
 def test_a_scale_never_beats_the_command_line(cli):
-    config = yaml.safe_load(cli("+exp=grpo", "scale=paper", "model=smollm2", "data=gsm8k", "trainer.beta=0.5", "--cfg", "job").out)
+    config = yaml.safe_load(
+        cli("+exp=grpo", "scale=paper", "model=smollm2", "data=gsm8k", "trainer.beta=0.5", "--cfg", "job").out
+    )
     assert config["model"]["source"]["_target_"] == "rltoken.models.smollm2"
     assert config["trainer"]["beta"] == 0.5 and config["trainer"]["learning_rate"] == 1e-6
 

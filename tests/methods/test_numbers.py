@@ -38,7 +38,7 @@ def test_forks_shrink_the_loss_since_the_divisor_counts_all_tokens():
 
 
 def test_gspo_token_value_and_gradient():
-    """Two tokens, log-ratios 0 and -0.1, advantages 2 and 0: GSPO-token's gradient is [.9512, 0], GSPO's [.4756, .4756]."""
+    """Two tokens, log-ratios 0 and -0.1, advantages 2 and 0: the gradient is [.9512, 0], GSPO's .4756 twice."""
     old = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
     logps = torch.tensor([[-1.0, -2.1]], dtype=torch.float64, requires_grad=True)
     mask, advantages = torch.ones(1, 2), torch.tensor([[2.0, 0.0]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every stage of the frame must keep: masked tokens never matter, order never matters, nothing turns non-finite."""
+"""What every stage of the frame must keep: masked tokens never matter, nor does order; all stays finite."""
 
 import functools
 

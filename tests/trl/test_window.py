@@ -203,7 +203,11 @@ def test_token_credit_per_sequence_is_refused(run):
     with pytest.raises(
         UserError, match=r"importance_sampling_level: 'sequence' erases the per-token credit of method\.credits\.e"
     ):
-        run({"credits": {"e": functools.partial(entropy_advantage, alpha=1e-3)}}, importance_sampling_level="sequence", loss_type="grpo")
+        run(
+            {"credits": {"e": functools.partial(entropy_advantage, alpha=1e-3)}},
+            importance_sampling_level="sequence",
+            loss_type="grpo",
+        )
 
 
 @pytest.mark.parametrize(
