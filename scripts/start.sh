@@ -5,4 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/env.sh
+# The tiny model is fastest on one thread, and two jobs that share two cores would crawl on more.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m rltoken.train +exp=grpo name=first-run resume=auto "$@"

@@ -94,6 +94,18 @@ def test_a_scale_never_beats_the_command_line(cli):
     assert config["trainer"]["beta"] == 0.5 and config["trainer"]["learning_rate"] == 1e-6
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("hardware", [None, "auto", "cpu", "gpu"])
+def test_every_scale_composes(cli, scale, hardware):
+    chosen = [] if hardware is None else [f"hardware={hardware}"]
+    found = cli("+exp=grpo", f"scale={scale}", *chosen, "model=tiny", "data=tiny", "--cfg", "job", "--resolve")
+    config = yaml.safe_load(found.out)
+    assert found.status == 0 and config["trainer"]["use_cpu"] is (
+        hardware == "cpu" or (not hardware and scale != "paper")
+    )
+    assert (config["model"]["lora"] is not None) is (scale == "small")
+
+
 def test_every_field_of_grpo_config_can_be_set():
     import dataclasses
 

@@ -1,0 +1,48 @@
+"""Every conf/exp, and every group at once, trains two steps from the command line and is evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPS = sorted(str(path.relative_to(ROOT / "conf/exp"))[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
+EVERY_GROUP = (
+    "+prompt=budget",
+    "+control=length_schedule",
+    "method.controls.length_schedule.start=8",
+    "+rows=[dynamic_sampling,forced_answer]",
+    "+shape=length_regularised",
+    "+credit=[entropy_advantage,group_centred]",
+    "+bounds=clip_range",
+    "+weight=[forks,forks_microbatch]",
+    "method.weights.forks.kinds=[thinking,summary]",
+    "+ratio=gspo_token",
+    "+aux=entropy_bonus",
+)
+
+
+def check(found):
+    assert found.status == 0, found.err
+    (folder,) = found.runs.iterdir()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in metrics) == 2
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 <= report["before"]["accuracy"] <= 1 and 0 <= report["after"]["accuracy"] <= 1
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("exp", EXPS)
+def test_every_exp(cli, exp):
+    check(cli(f"+exp={exp}"))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("extra", [(), ("+lora=default",), ("trainer.beta=0.1", "rollout.pack_tokens=100")])
+def test_every_group_at_once(cli, extra):
+    check(cli("+exp=grpo", *EVERY_GROUP, "trainer.num_iterations=2", *extra))
+
+
+@pytest.mark.smoke
+def test_every_world(cli):
+    check(cli("+exp=grpo", "world=formats"))
