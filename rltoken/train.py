@@ -155,6 +155,7 @@ def assemble(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any)
     from rltoken.models import load_model, load_tokenizer
     from rltoken.trainer import TokenGRPOTrainer
 
+    leave_terminal_to_us()
     state = PartialState()
     with state.main_process_first():  # what is converted or trained once and cached is made by rank 0
         path = instantiate(cfg.model.source)
@@ -203,6 +204,15 @@ def named(funcs: Any) -> list[Any]:
     if not made:
         raise UserError("reward.funcs: there is no reward function; choose reward=math or name one under reward.funcs.")
     return made
+
+
+def leave_terminal_to_us() -> None:
+    """Switch off the bars that libraries draw for work of a second."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def drop_printing_callbacks(trainer: Any) -> None:

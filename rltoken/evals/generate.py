@@ -74,15 +74,11 @@ def evaluate(
 
 def _graded(model, tokenizer, dataset, reward, batch, settings, ends, think_end_id) -> list[dict[str, Any]]:
     examples = [dataset[row] for row, _ in batch]
-    encoded = tokenizer.apply_chat_template(
-        [example["prompt"] for example in examples],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(model.device)
+    prompts = tokenizer.apply_chat_template(
+        [example["prompt"] for example in examples], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    encoded = tokenizer.pad({"input_ids": prompts["input_ids"]}, padding_side="left", return_tensors="pt")
+    encoded = encoded.to(model.device)
     output = model.generate(
         input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
     )

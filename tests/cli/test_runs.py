@@ -133,6 +133,23 @@ def test_evaluation_is_reproducible_and_leaves_random_states_alone(cache, monkey
     assert len(one) == 8 and one["completion_tokens"].max() <= 12
 
 
+def test_greedy_evaluation_does_not_depend_on_batches_or_the_tokenizers_padding_side(cache, monkeypatch):
+    monkeypatch.setenv("RLTOKEN_CACHE", str(cache))
+    folder = warm_start(world=World(), steps=2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dataset = problems(6, split="eval")
+    assert len({len(example["prompt"][0]["content"]) for example in dataset}) > 1, "prompts of one length prove nothing"
+    texts = []
+    for side, batch_size in (("left", 1), ("right", 6)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+        table = evaluate(
+            model, tokenizer, dataset, accuracy, samples=1, temperature=0.0, max_new_tokens=16, batch_size=batch_size,
+            seed=0, think_end_id=None,
+        )  # fmt: skip
+        texts.append(table["text"].tolist())
+    assert texts[0] == texts[1]
+
+
 def test_intervals():
     # mean 2, s = 1, t(0.975, 2) = 4.302653: half width 4.302653 / sqrt(3) = 2.484138
     found = mean_interval([1.0, 2.0, 3.0])

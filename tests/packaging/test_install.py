@@ -116,6 +116,7 @@ def test_help(place):
 def test_two_steps(place, tmp_path):
     python, cwd, _ = place
     settings = ["+exp=grpo", "name=two-steps", f"runs_dir={tmp_path / 'runs'}", "trainer.max_steps=2"]
+    settings += ["model.source.steps=2", f"model.source.cache_dir={tmp_path}", "eval.limit=4", "eval.samples=1"]
     run([python, "-m", "rltoken.train", *settings], cwd)
     assert (tmp_path / "runs" / "two-steps" / "metrics.jsonl").stat().st_size > 0
 
