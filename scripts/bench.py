@@ -1,25 +1,26 @@
 #!/usr/bin/env python
-"""What a pipeline costs per step over stock GRPOTrainer, as a ratio of medians over alternating runs in one process.
+"""What a pipeline costs per step over stock GRPOTrainer: a ratio of medians, in one process, step by step in turns.
 
-    python scripts/bench.py                                    # the identity pipeline on the warm-started tiny world
-    python scripts/bench.py +weight=forks --rounds 10          # any method, in the words of the command line
+    python scripts/bench.py                                  # the identity pipeline on the warm-started tiny world
+    python scripts/bench.py +weight=forks --steps 60         # any method, in the words of the command line
 
-Both trainers start each round from the same weights and seeds, so the identity pipeline samples the same tokens as
-stock GRPO. Absolute seconds depend on the machine and its neighbours; the ratio is what may be quoted, with its
-interval: the quartiles of the ratios of the single rounds.
+Both trainers start from the same weights and seeds and take turns step by step, each with a random state of its own,
+so the identity pipeline samples the very tokens that stock GRPO samples, a second later. Absolute seconds depend on the
+machine and its neighbours; the ratio is what may be quoted, with the quartiles of the ratios of neighbouring steps.
 """
 
 import argparse
 import logging
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
@@ -28,55 +29,78 @@ from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 
 
-class StepTimes(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, the rollout included."""
+class Turns:
+    """Whose turn it is, out of two; whoever has finished leaves all turns to the other."""
 
-    def __init__(self):
+    def __init__(self, names):
+        self._condition, self._names, self._finished = threading.Condition(), names, set()
+        self._now = names[0]
+
+    def wait(self, name):
+        """Block until it is the turn of `name`."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._now == name)
+
+    def give(self, name, *, finished=False):
+        """Give the turn of `name` to the other, if that has not finished."""
+        with self._condition:
+            self._finished |= {name} if finished else set()
+            other = self._names[1 - self._names.index(name)]
+            self._now = name if other in self._finished else other
+            self._condition.notify_all()
+
+
+class InTurns(TrainerCallback):
+    """Give the turn away at the beginning of every step, keep the random state, and time what lies between."""
+
+    def __init__(self, name, turns):
+        self._name, self._turns, self._started = name, turns, None
         self.seconds = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._started is not None:
+            self.seconds.append(time.perf_counter() - self._started)
+        random_state = torch.get_rng_state()
+        self._turns.give(self._name)
+        self._turns.wait(self._name)
+        torch.set_rng_state(random_state)
+        self._started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
-        self.seconds.append(now - self.start)
-        self.start = now
 
-
-def train(cfg, folder, *, stock: bool) -> tuple[list[float], int]:
-    """Train once; the seconds of each step but the first, and the tokens that were sampled and read."""
-    set_seed(cfg.seed)
-    times = StepTimes()
+def make(cfg, folder, output_dir, callback, *, stock):
+    """A trainer of the configuration: TRL's own, or ours with the configured pipeline."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = (
-        {} if stock else {"pipeline": build(instantiate(cfg.method)), "think_end_id": think_end_id(cfg, tokenizer)}
+    think_end = tokenizer.convert_tokens_to_ids(cfg.model.think_end) if cfg.model.think_end else None
+    options = {} if stock else {"pipeline": build(instantiate(cfg.method)), "think_end_id": think_end}
+    trainer = (GRPOTrainer if stock else TokenGRPOTrainer)(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=list(instantiate(cfg.reward.funcs).values()),
+        args=to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed),
+        train_dataset=instantiate(cfg.data.train),
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **options,
     )
-    cls = GRPOTrainer if stock else TokenGRPOTrainer
-    with tempfile.TemporaryDirectory() as output_dir:
-        trainer = cls(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            reward_funcs=list(instantiate(cfg.reward.funcs).values()),
-            args=to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed),
-            train_dataset=instantiate(cfg.data.train),
-            processing_class=tokenizer,
-            callbacks=[times],
-            **options,
-        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(name, trainer, turns, seed):
+    """Train when it is the trainer's turn, from a random state that depends on the seed only."""
+    turns.wait(name)
+    set_seed(seed)
+    try:
         trainer.train()
-    return times.seconds[1:], trainer.state.num_input_tokens_seen
-
-
-def think_end_id(cfg, tokenizer) -> int | None:
-    """The id of the model's end-of-thinking token."""
-    return tokenizer.convert_tokens_to_ids(cfg.model.think_end) if cfg.model.think_end else None
+    finally:
+        turns.give(name, finished=True)
 
 
 def main() -> None:
-    """Alternate the two trainers and print medians, ratio and tokens."""
+    """Train both in turns and print medians, their ratio and the tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. +weight=forks trainer.num_iterations=2")
-    parser.add_argument("--rounds", type=int, default=8, help="alternating pairs of runs")
-    parser.add_argument("--steps", type=int, default=9, help="optimizer steps of a run; the first is not counted")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each trainer")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -84,29 +108,35 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
 
     register_schemas()
-    quiet = [f"trainer.max_steps={options.steps}", "trainer.save_strategy=no", "trainer.log_completions=false"]
+    quiet = ["trainer.save_strategy=no", "trainer.log_completions=false", f"trainer.max_steps={options.steps}"]
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=["trainer.logging_steps=1000", *quiet, *options.overrides])
+        cfg = compose("config", overrides=[*quiet, *options.overrides])
     folder = instantiate(cfg.model.source)
-    seconds, tokens, ratios = {"stock": [], "ours": []}, {}, []
-    for index in range(options.rounds + 1):
-        order = ("stock", "ours") if index % 2 else ("ours", "stock")
-        round_medians = {}
-        for name in order:
-            found, tokens[name] = train(cfg, folder, stock=name == "stock")
-            round_medians[name] = statistics.median(found)
-            if index:  # the first pair warms caches
-                seconds[name] += found
-        if index:
-            ratios.append(round_medians["ours"] / round_medians["stock"])
-            print(f"round {index}/{options.rounds}: ratio {ratios[-1]:.4f}", flush=True)
+    turns = Turns(["stock", "ours"])
+    callbacks = {name: InTurns(name, turns) for name in ("stock", "ours")}
+    with tempfile.TemporaryDirectory() as scratch:
+        trainers = {
+            name: make(cfg, folder, f"{scratch}/{name}", callback, stock=name == "stock")
+            for name, callback in callbacks.items()
+        }
+        threads = [
+            threading.Thread(target=train, args=(name, trainer, turns, cfg.seed)) for name, trainer in trainers.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    seconds = {name: callback.seconds[options.warm_up :] for name, callback in callbacks.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["stock"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"stock GRPOTrainer  {medians['stock']:.4f} s a step, {tokens['stock']} tokens a run")
-    print(f"TokenGRPOTrainer   {medians['ours']:.4f} s a step, {tokens['ours']} tokens a run")
-    print(
-        f"ratio of medians   {medians['ours'] / medians['stock']:.4f} (quartiles over rounds {low:.4f} to {high:.4f})"
-    )
+    for name, trainer in trainers.items():
+        print(
+            f"{type(trainer).__name__:17} {medians[name]:.4f} s a step (median of {len(ratios)}), "
+            f"{trainer.state.num_input_tokens_seen} tokens"
+        )
+    print(f"ratio of medians  {medians['ours'] / medians['stock']:.4f}; of neighbouring steps: median ", end="")
+    print(f"{statistics.median(ratios):.4f}, quartiles {low:.4f} to {high:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""The documents say what the code does: names, shapes, quoted blocks, tests and commands that they mention exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from rltoken import config
+from rltoken.pipeline import SLOTS
+from rltoken.train import checked
+from rltoken.types import LIVE, SAMPLED, SCORED
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = ROOT / "docs/architecture.md"
+METHODS = ROOT / "docs/methods/README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING]
+LAUNCH = ".venv/bin/python -m rltoken.train "
+
+
+def table(document, heading):
+    """The rows of the first table whose header begins with `heading`, each a list of cells."""
+    lines = document.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def signals_of_the_code():
+    """Name -> (shape, when) of every signal: what stands before the colon of its description, and its list."""
+    found = {}
+    for when, names in (("sampled", SAMPLED), ("scored", SCORED), ("live", LIVE)):
+        found |= {name: (text.partition(":")[0], when) for name, text in names.items()}
+    for slot, names in SLOTS.items():
+        found |= {name: (re.split(r"[ :]", text)[0], slot) for name, text in names.items() if name not in found}
+    return found
+
+
+def test_the_table_of_signals_is_that_of_the_code():
+    documented = {name.strip("`"): (shape, when) for name, shape, when, _ in table(ARCHITECTURE, "signal")}
+    expected = signals_of_the_code()
+    expected["rng"] = ("torch.Generator", "sampled")
+    assert documented == expected
+
+
+def test_the_table_of_slots_is_that_of_the_code_in_order():
+    rows = table(ARCHITECTURE, "slot")
+    assert [row[0].strip("`") for row in rows] == list(SLOTS)
+    for slot, group, *_ in rows:
+        assert (ROOT / "conf" / group.strip("`+=")).is_dir(), f"{slot}: there is no group {group}"
+    named = {slot: set(re.findall(r"`(\w+)`", what.partition("→")[0])) for slot, _, what, *_ in rows}
+    for slot in ("prompts", "controls", "rows"):
+        assert named[f"`{slot}`"] == set(SLOTS[slot])
+
+
+def test_the_picture_shows_every_slot():
+    picture = (ROOT / "docs/flow.svg").read_text(encoding="utf-8")
+    assert set(re.findall(r'class="name"[^>]*>(\w+)<', picture)) == set(SLOTS)
+
+
+def test_every_method_has_a_section_with_its_configurations_and_tests():
+    sections = re.split(r"^## ", METHODS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    documented = {section.partition("\n")[0]: section for section in sections}
+    modules = {path.stem: path for path in (ROOT / "rltoken/methods").glob("*.py") if path.stem != "__init__"}
+    assert documented.keys() == modules.keys()
+    for name, section in documented.items():
+        for part in ("**Paper:**", "**Changes:**", "**Config:**", "**Deviations:**", "**Tests:**", LAUNCH):
+            assert part in section, f"{name}: no {part}"
+        own = [
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "conf").glob("*/*.yaml")
+            if f"rltoken.methods.{name}." in path.read_text(encoding="utf-8")
+        ]
+        assert own and all(path in section for path in own), f"{name}: not every one of {own} is named"
+        for arxiv in re.findall(r"\b\d{4}\.\d{5}\b", section):
+            assert arxiv in modules[name].read_text(encoding="utf-8"), f"{name}: {arxiv} is not in the module"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_tests_that_are_mentioned_exist(document):
+    text = document.read_text(encoding="utf-8")
+    mentioned = re.findall(r"`((?:rltoken|conf|tests|docs|scripts|rewards)/[\w./]+?)(?:::(\w+))?`", text)
+    assert mentioned
+    for path, test in mentioned:
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / link).exists(), link
+
+
+def quoted_blocks():
+    """(path, block) of every block in CONTRIBUTING.md that is not a command; its path ends the line above it."""
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    for block in re.finditer(r"^```(python|yaml|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        above = text[: block.start()].rstrip().rpartition("\n")[2]
+        path = re.search(r"`([\w./]+)`\)?:$", above)
+        yield path[1] if path else f"no file is named above: {above}", block[2]
+
+
+def test_quoted_blocks_are_verbatim():
+    blocks = list(quoted_blocks())
+    assert len(blocks) >= 6
+    for path, block in blocks:
+        assert block in (ROOT / path).read_text(encoding="utf-8"), f"CONTRIBUTING.md quotes {path} wrongly:\n{block}"
+
+
+def test_the_quoted_signature_in_architecture_is_verbatim():
+    (block,) = re.findall(r"```python\n(.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL)
+    assert block in (ROOT / "rltoken/methods/forking_tokens.py").read_text(encoding="utf-8")
+
+
+def commands():
+    """Every command line of the documents that trains."""
+    for document in DOCUMENTS:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            if line.startswith(LAUNCH):
+                yield line.removeprefix(LAUNCH)
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_commands_compose_and_pass_the_checks(command, tmp_path):
+    config.register_schemas()
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        cfg = compose("config", overrides=shlex.split(command))
+    config.check_keys(cfg)
+    pipeline, _, _ = checked(cfg, tmp_path)
+    assert pipeline.stages() or "method." not in command
+
+
+def test_no_document_names_a_place_of_one_machine():
+    for document in DOCUMENTS:
+        assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|opt|usr)/", document.read_text(encoding="utf-8"))
