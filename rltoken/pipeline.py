@@ -6,7 +6,7 @@ generation window, on whole groups. Slots, in the order in which they act:
 
     prompts   (inputs, ...) -> inputs                      before generation
     controls  (progress, last_window) -> settings          before generation
-    rows      (rollout, sampler) -> rollout                added, dropped, refilled rows
+    rows      (rollout, sampler) -> rollout                added or replaced rows
     shapes    signals -> rewards [B]                       chain
     credits   signals -> advantages [B] or [B, T]          chain
     bounds    signals -> (eps_low, eps_high)               numbers or [B, T]; the last one wins
@@ -51,6 +51,9 @@ SLOTS: dict[str, dict[str, str]] = {
 }
 """The slots in the order in which they act, each with the signals that its stages may name."""
 TOKEN_SLOTS = ("bounds", "weights", "ratios")
+KINDLESS = ("prompts", "controls", "rows", "shapes")
+AFTER_SHUFFLE_LOST = frozenset({"parent", "rng"})
+"""Window signals that mean nothing in a micro-batch: row numbers, and the window's random stream."""
 ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 """The loss types of TRL whose divisor counts rows."""
 
@@ -71,8 +74,10 @@ class Stage:
 
     def run(self, signals: Mapping[str, Any]) -> Any:
         """Call the stage on the signals it names; whatever it raises is re-raised as a UserError with its key."""
+        needed = [signals[name] for name in self.needs]
+        versions = [value._version if isinstance(value, Tensor) else None for value in needed]
         try:
-            return self.call(*(signals[name] for name in self.needs))
+            result = self.call(*needed)
         except UserError:
             raise
         except Exception as error:
@@ -80,6 +85,10 @@ class Stage:
                 f"{self.key}: the stage raised {type(error).__name__}: {first_line(error)}. Mend the stage, or leave "
                 f"it out with '~{self.key}'."
             ) from error
+        for name, value, version in zip(self.needs, needed, versions, strict=True):
+            if version is not None and value._version != version:
+                raise UserError(f"{self.key}: the stage changed the signal '{name}' in place; work on a clone of it.")
+        return result
 
 
 @dataclass(frozen=True)
@@ -202,8 +211,7 @@ def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
         UserError: it has neither.
     """
     value = torch.as_tensor(value, device=base.device)
-    if not value.is_floating_point():
-        value = value.to(torch.get_default_dtype())
+    value = value.to(base.dtype if base.is_floating_point() else torch.get_default_dtype())
     if value.shape == base.shape:
         return value
     if value.dim() == 0:
@@ -232,6 +240,14 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
     for name in needs:
         _check_signal(slot, key, name)
     stage = Stage(key, call, tuple(needs), kinds)
+    lost = AFTER_SHUFFLE_LOST & set(needs)
+    if stage.live and lost:
+        raise UserError(
+            f"{key}: '{min(lost)}' belongs to the whole window, and a stage that names a live signal sees shuffled "
+            "micro-batches; compute it from window signals (old_...) in a stage of its own."
+        )
+    if slot in KINDLESS and kinds != (THINKING,):
+        raise UserError(f"{key}.kinds: a stage of the slot '{slot}' does not act on rows by kind; leave it out.")
     if slot == "aux" and not stage.live:
         raise UserError(
             f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}."

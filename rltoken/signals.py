@@ -116,9 +116,9 @@ def answer_classes(answers: Sequence[str | None], group: Sequence[int]) -> list[
     return classes
 
 
-def window_rng(seed: int, progress: Progress, device: torch.device) -> torch.Generator:
-    """A generator that depends on the seed and the step only, so that ranks, and a resumed run, draw alike."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + progress.step)
+def window_rng(seed: int, window: int, device: torch.device) -> torch.Generator:
+    """A generator that depends on the seed and the window's number only: ranks, and a resumed run, draw alike."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + window)
 
 
 def sampled_makers(

@@ -28,7 +28,7 @@ from rltoken.types import LIVE, PADDING, THINKING, LastWindow, Progress, Rollout
 
 CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high")
 """What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
-FORWARD = ("mask", "ids", "advantages", "old_logps", "progress", "rng")
+FORWARD = ("mask", "ids", "old_logps", "progress")
 """Window signals that a forward has of itself, so that they need not ride along with the rows."""
 CARRIED = "signal_"
 """Prefix of the keys under which the other ones do."""
@@ -63,6 +63,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self.think_end_id, self.pack_tokens, self.normaliser = think_end_id, pack_tokens, normaliser
         self.answer_fn = answer_fn
         self._rng: torch.Generator | None = None
+        self._windows = 0
         self._last_window: LastWindow | None = None
         self._raw: Tensor | None = None
         self._shaped: Tensor | None = None
@@ -92,15 +93,18 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The tensors of one generation window, on whole groups."""
-        self._rng = window_rng(self.args.seed, self.progress, self.accelerator.device)
-        inputs, rows, replay = self._prompt_stages(inputs), None, None
+        self._rng = window_rng(self.args.seed, self._windows, self.accelerator.device)
+        self._windows += 1
+        rows, replay = None, None
         with self.completion_limit(self._control_stages()):
             if self.pipeline["rows"]:
                 rollout = self._rows_stages(inputs)
                 inputs, rows, replay = rollout.inputs, rollout.rows, replay_of(rollout)
+            else:
+                inputs = self.prompted(inputs)
             with self.recording(self._old_parts()):
                 window = self.stock_window(inputs, replay)
-        rows = rows_of_window(window) if rows is None else rows
+        rows = originals_as_rows(self.sampled_ids) if rows is None else rows
         self._log_rollout(rows, len(inputs))
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
@@ -108,6 +112,7 @@ class TokenGRPOTrainer(SeamTrainer):
             local = self._local_signals(window, inputs, rows)
             self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
             self._carry(window, local, added=len(rows) > len(inputs))
+        self.forget_old_pass()
         return window
 
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
@@ -120,11 +125,16 @@ class TokenGRPOTrainer(SeamTrainer):
         world = gathered(local, self.accelerator, gather_list)
         world.put("rewards", weighted_sum(raw, self.reward_weights))
         for stage in self.pipeline["shapes"]:
-            world.put("rewards", fit(stage, stage.run(world), world["rewards"]))
+            shaped = fit(stage, stage.run(world), world["rewards"])
+            if (shaped.isnan() & ~world["rewards"].isnan()).any():
+                raise UserError(
+                    f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it."
+                )
+            world.put("rewards", shaped)
         self._shaped = world["rewards"]
         return self._shaped
 
-    def _prompt_stages(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def prompted(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Run the prompt stages on the prompts of every rank, so that what they draw does not depend on the ranks."""
         if not self.pipeline["prompts"]:
             return inputs
@@ -187,53 +197,57 @@ class TokenGRPOTrainer(SeamTrainer):
         """Give added rows their parent's advantage, and keep them out of the divisors unless they are to count."""
         device = self.accelerator.device
         window["advantages"] = window["advantages"][torch.tensor([row.parent for row in rows], device=device)]
+        counted = originals if self.normaliser == "thinking" else sum(row.kind != PADDING for row in rows)
+        window["row_scale"] = torch.tensor(len(rows) / counted, device=device)
         if self.normaliser == "thinking":
             tokens = packs.loss_mask(window)[:originals].sum()
             window["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
-            window["row_scale"] = torch.tensor(len(rows) / originals, device=device)
 
     def _credit_stages(self, window: dict[str, Any], local: Signals, world: Signals) -> None:
         """Run what acts on the scored window, in the order credits, bounds, weights, ratios."""
         for stage in self.pipeline["credits"]:
-            advantages = self._on_window(stage, local, world, "advantages")
-            advantages = advantages.masked_fill(local["rewards"].isnan().unsqueeze(1), 0.0)
+            (advantages,) = self._on_window(stage, local, world, "advantages", neutral=0.0)
             self._refuse_token_credit_per_sequence(stage, advantages, local["mask"])
-            local.put("advantages", advantages)
-            if world is not local:
-                world.put("advantages", self._gather_tokens(advantages))
             window["advantages"] = advantages
         for stage in self.pipeline.stages("bounds", live=False):
-            window["eps_low"], window["eps_high"] = self._bounds(stage, local)
+            window["eps_low"], window["eps_high"] = self._on_window(stage, local, world, "eps_low", "eps_high")
         for stage in self.pipeline.stages("weights", live=False):
-            local.put("unweighted", torch.ones_like(local["advantages"]))
-            if world is not local:
-                world.put("unweighted", torch.ones_like(world["advantages"]))
-            weights = non_negative(stage, self._on_window(stage, local, world, "unweighted"))
+            for signals in (local, world):
+                signals.put("weight", torch.ones_like(signals["advantages"]))
+            weights = non_negative(stage, *self._on_window(stage, local, world, "weight", neutral=1.0))
             window["advantages"] = per_token(window["advantages"], weights) * weights
         for stage in self.pipeline.stages("ratios", live=False):
-            window["old_per_token_logps"] = self._on_window(stage, local, world, "old_logps")
+            (window["replaced_logps"],) = self._on_window(stage, local, world, "replaced_logps")
 
-    def _on_window(self, stage: Stage, local: Signals, world: Signals, base: str) -> Tensor:
-        """[B, T] of this rank: the stage's result on the rows it acts on, the signal `base` on the others."""
-        if not NEVER_GATHERED.isdisjoint(stage.needs):
-            return act(stage, local, local[base], kinds=local["kind"])[0]
-        (value,) = act(stage, world, world[base], kinds=world["kind"])
-        rows, columns = local[base].shape
-        start = 0 if world is local else self.accelerator.process_index * rows
-        return value[start : start + rows, :columns]
+    def _on_window(
+        self, stage: Stage, local: Signals, world: Signals, *names: str, neutral: float | None = None
+    ) -> list[Tensor]:
+        """Let a stage replace the signals `names`, each [B, T], on the rows it acts on; this rank's part of them.
 
-    def _gather_tokens(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=1))
-
-    def _bounds(self, stage: Stage, signals: Signals) -> tuple[Tensor, ...]:
-        """[B, T] lower and upper clip range: the stage's on the rows of its kinds, the trainer's elsewhere."""
-        ranges = (torch.full_like(signals["advantages"], value) for value in (self.epsilon_low, self.epsilon_high))
-        return act(stage, signals, *ranges, kinds=signals["kind"])
+        It sees the window of all ranks, unless it names what is never gathered. With `neutral`, that is what stands on
+        tokens that are not trained and in rows without a reward, where a stage may well divide by zero.
+        """
+        alone = not NEVER_GATHERED.isdisjoint(stage.needs)
+        seen = local if alone else world
+        values = act(stage, seen, *(seen[name] for name in names), kinds=seen["kind"])
+        if neutral is not None:
+            trained = (seen["mask"] > 0) & ~seen["rewards"].isnan().unsqueeze(1)
+            values = tuple(finite(stage, value.masked_fill(~trained, neutral)) for value in values)
+        rows, columns = local["mask"].shape
+        start = 0 if seen is local else self.accelerator.process_index * rows
+        mine = [value[start : start + rows, :columns].clone() for value in values]
+        for name, value, own in zip(names, values, mine, strict=True):
+            local.put(name, own)
+            if world is not local:
+                everyone = self.accelerator.pad_across_processes(value, dim=1) if alone else value
+                world.put(name, self.accelerator.gather(everyone) if alone else value.clone())
+        return mine
 
     def _refuse_token_credit_per_sequence(self, stage: Stage, advantages: Tensor, mask: Tensor) -> None:
         if self.importance_sampling_level == "sequence":
-            spread = torch.where(mask > 0, advantages - advantages[:, :1], torch.zeros_like(advantages))
-            if spread.any():
+            highest = advantages.masked_fill(mask == 0, -torch.inf).amax(1)
+            lowest = advantages.masked_fill(mask == 0, torch.inf).amin(1)
+            if (highest > lowest).any():
                 raise UserError(
                     f"trainer.importance_sampling_level: 'sequence' erases the per-token credit of {stage.key}; set it "
                     "to 'token' and add '+ratio=gspo_token'."
@@ -269,6 +283,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _local_signals(self, window: dict[str, Any], inputs: list[dict[str, Any]], rows: Sequence[Row]) -> Signals:
         """Every signal of a scored window, for this rank's rows."""
+        device = self.accelerator.device
         parents = [row.parent for row in rows]
         row_inputs = [inputs[parent] for parent in parents]
         ids = [row.completion_ids for row in rows]
@@ -281,7 +296,7 @@ class TokenGRPOTrainer(SeamTrainer):
             | {
                 "rewards": lambda: self._row_rewards(rows, len(inputs)),
                 "kind": lambda: [row.kind for row in rows],
-                "parent": lambda: torch.tensor(parents, device=self.accelerator.device),
+                "parent": lambda: torch.tensor(parents, device=device),
                 "ids": lambda: window["completion_ids"],
                 "mask": lambda: packs.loss_mask(window),
                 "advantages": lambda: per_token(window["advantages"], window["completion_ids"]),
@@ -289,6 +304,10 @@ class TokenGRPOTrainer(SeamTrainer):
                 "old_entropy": lambda: old["pass"].entropy,
                 "old_hidden": lambda: old["pass"].hidden,
                 "ref_logps": lambda: self.reference_logps(window),
+                # what the token stages replace
+                "eps_low": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_low), device=device),
+                "eps_high": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_high), device=device),
+                "replaced_logps": lambda: window.get("old_per_token_logps", old["pass"].logps),
             }
         )
 
@@ -305,7 +324,7 @@ class TokenGRPOTrainer(SeamTrainer):
         """TRL's loss of a micro-batch with the pipeline's bounds, weights, ratios and auxiliary losses."""
         scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
         live = self.pipeline.stages(live=True) if model.training else []
-        if not live and "eps_low" not in inputs:
+        if not live and inputs.keys().isdisjoint(("eps_low", "replaced_logps")):
             loss = self.stock_loss(model, inputs)
             return loss * scale if "row_scale" in inputs else loss
         memo, hidden = self.forward(model, inputs, hidden=any("hidden" in stage.needs for stage in live))
@@ -328,19 +347,19 @@ class TokenGRPOTrainer(SeamTrainer):
         """Every signal of a micro-batch."""
         logps, entropy, _ = memo
         old_logps = inputs.get("old_per_token_logps", logps.detach())
-        carried = {name: value for name, value in inputs.items() if name.startswith(CARRIED)}
-        kinds = carried.get(CARRIED + "kind")
-        makers = {name.removeprefix(CARRIED): (lambda value=value: value) for name, value in carried.items()}
+        carried = {
+            name.removeprefix(CARRIED): (lambda value=value: value)
+            for name, value in inputs.items()
+            if name.startswith(CARRIED)
+        }
         return Signals(
-            makers
-            | {
-                "kind": lambda: kinds,
+            {
+                "kind": lambda: None,
                 "mask": lambda: packs.loss_mask(inputs),
                 "ids": lambda: inputs["completion_ids"],
                 "advantages": lambda: per_token(inputs["advantages"], logps),
                 "old_logps": lambda: old_logps,
                 "progress": lambda: self.progress,
-                "rng": lambda: self._rng,
                 "logps": lambda: logps,
                 "entropy": lambda: entropy,
                 "hidden": lambda: hidden,
@@ -348,6 +367,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "eps_low": lambda: inputs.get("eps_low", torch.full_like(logps.detach(), self.epsilon_low)),
                 "eps_high": lambda: inputs.get("eps_high", torch.full_like(logps.detach(), self.epsilon_high)),
             }
+            | carried
         )
 
     def _token_stages(self, inputs: dict[str, Any], signals: Signals) -> dict[str, Any]:
@@ -355,16 +375,22 @@ class TokenGRPOTrainer(SeamTrainer):
         inputs = dict(inputs)
         kinds = signals["kind"]
         for stage in self.pipeline.stages("bounds", live=True):
-            inputs["eps_low"], inputs["eps_high"] = self._bounds(stage, signals)
-            signals.put("eps_low", inputs["eps_low"])
-            signals.put("eps_high", inputs["eps_high"])
+            for name, bound in zip(
+                ("eps_low", "eps_high"),
+                act(stage, signals, signals["eps_low"], signals["eps_high"], kinds=kinds),
+                strict=True,
+            ):
+                inputs[name] = bound
+                signals.put(name, bound)
         for stage in self.pipeline.stages("weights", live=True):
             (weights,) = act(stage, signals, torch.ones_like(signals["logps"]), kinds=kinds)
-            weights = non_negative(stage, weights.detach())
+            weights = weights.detach().masked_fill(signals["mask"] == 0, 1.0)
+            weights = non_negative(stage, finite(stage, weights))
             inputs["advantages"] = per_token(inputs["advantages"], weights) * weights
+        replaced = inputs.get("replaced_logps", signals["old_logps"])
         for stage in self.pipeline.stages("ratios", live=True):
-            (replaced,) = act(stage, signals, signals["old_logps"], kinds=kinds)
-            inputs["old_per_token_logps"] = replaced.detach()
+            (replaced,) = act(stage, signals, replaced, kinds=kinds)
+        inputs["old_per_token_logps"] = replaced.detach()
         return inputs
 
     def _auxiliary_loss(self, stage: Stage, signals: Signals, inputs: dict[str, Any]) -> Tensor:
@@ -374,14 +400,18 @@ class TokenGRPOTrainer(SeamTrainer):
         def without_metrics(*needed: Any) -> Tensor:
             value = stage.call(*needed)
             value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
+            if value.dim() == 0:
+                raise UserError(
+                    f"{stage.key}: the stage returned one number; return the unreduced loss, [B, T] or [B]."
+                )
             found["per_row"] = value.dim() == 1
             return value
 
         bare = dataclasses.replace(stage, call=without_metrics)
         (values,) = act(bare, signals, torch.zeros_like(signals["logps"]), kinds=signals["kind"])
         for name, value in found.get("metrics", {}).items():
-            value = torch.as_tensor(value, device=values.device, dtype=torch.float32).detach()
-            self.log_window_metric(name, self.accelerator.gather(value).mean().item())
+            # of this rank: another one's micro-batch may have no row of the stage's kinds, and would wait for ever
+            self.log_window_metric(name, float(value))
         steps = self.current_gradient_accumulation_steps
         if found.get("per_row"):
             row_share, loss_share = self._pack_shares
@@ -412,10 +442,10 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _packs(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """The micro-batch in packs: equally many, with equally many rows, on every rank."""
-        prompts, completions = packs.row_lengths(inputs)
-        lengths, order = (prompts + completions).sort(descending=True, stable=True)
-        common = self.accelerator.gather(lengths).view(-1, lengths.numel()).amax(0)
-        cuts = packs.boundaries(common.tolist(), self.pack_tokens)
+        lengths = torch.stack(packs.row_lengths(inputs), 1)
+        order = lengths.sum(1).sort(descending=True, stable=True).indices
+        longest = self.accelerator.gather(lengths[order]).view(-1, *lengths.shape).amax(0)
+        cuts = packs.boundaries(*longest.T.tolist(), self.pack_tokens)
         return [packs.take(inputs, order[start:end]) for start, end in cuts]
 
     def _pack_loss(self, model: nn.Module, pack: dict[str, Any], whole: dict[str, Any]) -> Tensor:
@@ -435,14 +465,22 @@ class TokenGRPOTrainer(SeamTrainer):
             return super().evaluate(*args, **kwargs)
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Stage state, the prompt stream's cursor and what control stages know of the last window."""
+        """Stage state, the prompt stream's cursor, and what control stages have set and know of the last window."""
         last = dataclasses.asdict(self._last_window) if self._last_window else None
-        return {"stages": self.pipeline.state_dict(), "cursor": self.sampler.stream.cursor, "last_window": last}
+        return {
+            "stages": self.pipeline.state_dict(),
+            "cursor": self.sampler.stream.cursor,
+            "last_window": last,
+            "clip": [self.epsilon_low, self.epsilon_high],
+            "windows": self._windows,
+        }
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Restore what `checkpoint_state` gave."""
         self.pipeline.load_state_dict(state["stages"])
         self.sampler.stream.cursor = state["cursor"]
+        self.epsilon_low, self.epsilon_high = state["clip"]
+        self._windows = state["windows"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
 
     def _check(self) -> None:
@@ -457,6 +495,22 @@ class TokenGRPOTrainer(SeamTrainer):
                 "rollout.pack_tokens: TRL's top_entropy_quantile and entropy_coef are statistics of a whole "
                 "micro-batch; use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
             )
+        if self.pack_tokens is not None and self.is_deepspeed_enabled:
+            raise UserError(
+                "rollout.pack_tokens: DeepSpeed steps after every backward, so packs cannot be; set it to null."
+            )
+        if self.pipeline["rows"] and self.runs_tools:
+            raise UserError(f"{self.pipeline['rows'][0].key}: rows stages cannot replay tools or rollout functions.")
+        if self.pipeline.needs("ref_logps") and not self.has_reference:
+            raise UserError(
+                "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory, or of an "
+                "adapter trained further, is known with beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
+            )
+        if self.aux_loss_enabled and (self.pack_tokens is not None or self.pipeline["rows"]):
+            raise UserError(
+                "trainer.router_aux_loss_coef: the router loss of a mixture of experts would be counted once per pack "
+                "and for added rows too; set it to 0, or leave out rollout.pack_tokens and rows stages."
+            )
         if self.pipeline.needs("answers") and self.answer_fn is None:
             raise UserError("reward.answer: a stage names the signal 'answers'; set a function text -> answer or None.")
         if {"image", "images"} & set(self.train_dataset.column_names or ()):
@@ -469,7 +523,7 @@ def replay_of(rollout: Rollout) -> Replay:
     """What TRL's window code is to see of a finished rollout."""
     rows, originals = rollout.rows, len(rollout.inputs)
     masks = [row.train_mask for row in rows]
-    logps = None if rows[0].logps is None else [row.logps or [0.0] * len(row.completion_ids) for row in rows]
+    logps = None if rows[0].logps is None else [row.logps or [None] * len(row.completion_ids) for row in rows]
     return Replay(
         completion_ids=[row.completion_ids for row in rows[:originals]],
         logps=None if logps is None else logps[:originals],
@@ -482,11 +536,9 @@ def replay_of(rollout: Rollout) -> Replay:
     )
 
 
-def rows_of_window(window: dict[str, Any]) -> list[Row]:
+def originals_as_rows(completion_ids: Sequence[list[int]]) -> list[Row]:
     """The rows of a window that no rows stage has seen."""
-    lengths = window["completion_mask"].sum(1).tolist()
-    ids = [row[:n] for row, n in zip(window["completion_ids"].tolist(), lengths, strict=True)]
-    return [Row([], row, [1] * len(row), parent=i) for i, row in enumerate(ids)]
+    return [Row([], ids, [1] * len(ids), parent=i) for i, ids in enumerate(completion_ids)]
 
 
 def check_rollout(stage: Stage, rollout: Rollout, originals: int) -> None:
@@ -507,17 +559,30 @@ def check_rollout(stage: Stage, rollout: Rollout, originals: int) -> None:
             raise UserError(f"{stage.key}: row {i} has no completion token, or no thinking row as parent.")
         if len(row.train_mask) != len(row.completion_ids):
             raise UserError(f"{stage.key}: row {i} has a train mask of another length than its completion.")
+        if row.logps is not None and len(row.logps) != len(row.completion_ids):
+            raise UserError(f"{stage.key}: row {i} has log-probabilities for another number of tokens than it has.")
+
+
+def finite(stage: Stage, values: Tensor) -> Tensor:
+    """The values themselves.
+
+    Raises:
+        UserError: one is infinite or not a number, and would end in weights that are.
+    """
+    if not bool(values.isfinite().all()):
+        raise UserError(f"{stage.key}: a value on a trained token is not finite; guard the division or the logarithm.")
+    return values
 
 
 def non_negative(stage: Stage, weights: Tensor) -> Tensor:
     """The weights themselves.
 
     Raises:
-        UserError: one is negative or not a number; a weight that turns the sign belongs into a credit stage.
+        UserError: one is negative; what turns the sign belongs into a credit stage.
     """
-    if not bool((weights >= 0).all()):
+    if bool((weights < 0).any()):
         raise UserError(
-            f"{stage.key}: a weight is negative or NaN (smallest: {weights.min().item():.4g}); weights scale a token's "
+            f"{stage.key}: a weight is negative (smallest: {weights.min().item():.4g}); weights scale a token's "
             "update, so return values >= 0, or change the sign of the advantage in a credit stage."
         )
     return weights

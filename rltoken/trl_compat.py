@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
+
+from rltoken.errors import UserError, first_line
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
@@ -67,6 +70,8 @@ class SeamTrainer(GRPOTrainer):
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
         self._own_reference: nn.Module | None = None
+        self._given_adapter = isinstance(kwargs.get("model"), PeftModel)
+        self.sampled_ids: list[list[int]] = []
         super().__init__(*args, **kwargs)
 
     # What a subclass overrides
@@ -124,7 +129,9 @@ class SeamTrainer(GRPOTrainer):
         `num_generations` tells vLLM how many successive prompts are one and the same.
         """
         with self.completion_limit(max_new_tokens):
-            ids, logps = super()._generate_single_turn(prompt_ids, None, {}, num_generations)
+            ids, logps = super()._generate_single_turn(
+                prompt_ids, None, {}, self._siblings(prompt_ids, num_generations)
+            )
         tokens = torch.tensor(sum(map(len, prompt_ids)) + sum(map(len, ids)), device=self.accelerator.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
         return ids, logps
@@ -137,18 +144,22 @@ class SeamTrainer(GRPOTrainer):
         return texts
 
     def grade(
-        self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]]
+        self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], *, log: bool = True
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """[n, F] raw rewards of this rank's rows, and the columns that reward functions logged for each of them.
 
-        Every rank must pass equally many rows: TRL gathers the rewards.
+        Every rank must pass equally many rows: TRL gathers the rewards. Without `log`, metrics that reward functions
+        log are left out of the step's.
         """
         pending, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
+        metrics = self._pending_metrics
+        if not log:
+            self._pending_metrics = defaultdict(list)
         try:
             rewards = super()._calculate_rewards(inputs, [x["prompt"] for x in inputs], texts, ids)
             extras = _rows_of(self._pending_extra_logs, len(inputs))
         finally:
-            self._pending_extra_logs = pending
+            self._pending_extra_logs, self._pending_metrics = pending, metrics
         start = self.accelerator.process_index * len(inputs)
         return rewards[start : start + len(inputs)], extras
 
@@ -235,6 +246,23 @@ class SeamTrainer(GRPOTrainer):
                 self._own_reference = self._load_reference(unwrapped)
             return self._plain_logps(self._own_reference, window)
 
+    def forget_old_pass(self) -> None:
+        """Drop what was recorded and never asked for."""
+        self._recorded = None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference_logps` can find the reference: TRL's, a new adapter's base, or a folder or hub id."""
+        if self.beta != 0.0:
+            return True
+        model = self.accelerator.unwrap_model(self.model)
+        return not self._given_adapter if isinstance(model, PeftModel) else bool(model.config._name_or_path)
+
+    @property
+    def runs_tools(self) -> bool:
+        """Whether TRL generates in several turns or by a function of the user's, which cannot be replayed."""
+        return bool(self.tools) or self.rollout_func is not None or self.environment_factories is not None
+
     @property
     def makes_old_logps(self) -> bool:
         """Whether TRL's window code runs an old-log-prob pass (its own condition)."""
@@ -246,15 +274,22 @@ class SeamTrainer(GRPOTrainer):
     # The seams
 
     def _generate_and_score_completions(self, inputs):
-        return self.make_window(inputs) if self.model.training else super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            return self.make_window(inputs)
+        batch = super()._generate_and_score_completions(inputs)
+        if SHAPED in self._logs["rewards"]:  # nothing is shaped in evaluation, but the table's columns must keep step
+            self._logs["rewards"][SHAPED].extend([float("nan")] * len(inputs) * self.accelerator.num_processes)
+        return batch
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self._replay is not None:
             return self._replay.completion_ids, self._replay.logps
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+        siblings = self._siblings(prompt_ids, num_generations)
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, siblings, has_tool_images)
 
     def _generate(self, prompts):
         result = super()._generate(prompts)
+        self.sampled_ids = result[1]
         if self._replay is None:
             return result
         _, _, _, completions, _, extra_fields, images, tool_images = result
@@ -311,8 +346,14 @@ class SeamTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = Path(checkpoint) / self._state_file if checkpoint else None
-        if path is not None and path.exists():
+        ranks = len(list(Path(checkpoint).glob("rltoken_*.pt"))) if checkpoint else 0
+        if ranks not in (0, self.accelerator.num_processes):
+            raise UserError(
+                f"resume: {checkpoint} was written by {ranks} processes and there are "
+                f"{self.accelerator.num_processes}; start as many as then."
+            )
+        if ranks:  # a checkpoint of plain TRL has none
+            path = Path(checkpoint) / self._state_file
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["window"]
             self.restore_state(state["extra"])
@@ -322,6 +363,15 @@ class SeamTrainer(GRPOTrainer):
         return f"rltoken_{self.accelerator.process_index}.pt"
 
     # Helpers
+
+    def _siblings(self, prompt_ids: list[list[int]], num_generations: int) -> int:
+        """How many successive prompts vLLM may take for one and the same: it samples the first of them so often."""
+        if not self.use_vllm or num_generations == 1:
+            return num_generations
+        blocks = [prompt_ids[i : i + num_generations] for i in range(0, len(prompt_ids), num_generations)]
+        same = all(len(block) == num_generations and all(ids == block[0] for ids in block) for block in blocks)
+        everywhere = self.accelerator.gather(torch.tensor([same], device=self.accelerator.device)).all()
+        return num_generations if bool(everywhere) else 1
 
     def _old_forward(self, model, input_ids, attention_mask, logits_to_keep, *, what, **kwargs) -> OldPass:
         with self._capture(model, "hidden" in what) as captured:
@@ -374,6 +424,25 @@ def _producing(captured: list[Tensor], completion_columns: int) -> Tensor | None
     if not captured:
         return None
     return torch.cat([states[:, -completion_columns - 1 : -1] for states in captured])
+
+
+def _loadable(state: dict[str, Any]) -> bytes:
+    """The state as a file that loads without unpickling arbitrary objects.
+
+    Raises:
+        UserError: it would not load again.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise UserError(
+            "method: a checkpoint of this window could not be loaded again: a stage's state_dict, or a column that a "
+            f"forward stage names through 'inputs', holds more than tensors and plain values ({first_line(error)}); "
+            "convert it."
+        ) from error
+    return buffer.getvalue()
 
 
 def _columns(extras: list[dict[str, Any]]) -> defaultdict[str, list[Any]]:

@@ -28,7 +28,7 @@ SAMPLED = {
     "truncated": "[B] bool: the completion did not end with an end-of-sequence token",
     "answers": "[B] long: equivalence class of the final answer within the group; -1 where there is none",
     "progress": "Progress: the optimizer step and the last one",
-    "rng": "torch.Generator: seeded by (seed, step), the same on every rank",
+    "rng": "torch.Generator: seeded by (seed, window), the same on every rank",
 }
 """Signals that are known once the rollout is graded, before the model has scored it."""
 
@@ -105,7 +105,7 @@ class Rollout:
     """The graded completions of one rank for one window, and the rows that will be trained.
 
     The first `len(inputs)` rows are the thinking rows, in the order of `inputs`, `texts` and `rewards` [B, F]; rows
-    that a stage adds come after them. `group_size` rows in succession share a prompt.
+    that a stage adds come after them. `group_size` rows in succession share a prompt. `seed` is the run's.
     """
 
     inputs: list[dict[str, Any]]
@@ -114,6 +114,7 @@ class Rollout:
     rows: list[Row]
     progress: Progress
     group_size: int
+    seed: int = 0
     extras: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -54,15 +54,15 @@ class InTurns(TrainerCallback):
     """Give the turn away at the beginning of every step, keep the random state, and time what lies between."""
 
     def __init__(self, name, turns):
-        self._name, self._turns, self._started = name, turns, None
+        self._who, self._turns, self._started = name, turns, None
         self.seconds = []
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._started is not None:
             self.seconds.append(time.perf_counter() - self._started)
         random_state = torch.get_rng_state()
-        self._turns.give(self._name)
-        self._turns.wait(self._name)
+        self._turns.give(self._who)
+        self._turns.wait(self._who)
         torch.set_rng_state(random_state)
         self._started = time.perf_counter()
 

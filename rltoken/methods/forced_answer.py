@@ -38,8 +38,10 @@ def forced_answer(
         raise ValueError("forcing an answer needs an end-of-thinking token; set model.think_end")
     thinking = rollout.rows[: len(rollout.inputs)]
     shares = [
-        # drawn per (step, prompt, sibling), so that the number of ranks changes nothing
-        random.Random(f"{rollout.progress.step} {row.prompt_ids} {i % rollout.group_size}").uniform(shortest, longest)
+        # drawn per (seed, step, prompt, sibling), so that the number of ranks changes nothing
+        random.Random(f"{rollout.seed} {rollout.progress.step} {row.prompt_ids} {i % rollout.group_size}").uniform(
+            shortest, longest
+        )
         for i, row in enumerate(thinking)
     ]
     kept = [
@@ -60,7 +62,7 @@ def forced_answer(
             logps=None if answer.logps is None else [0.0] * len(ids) + answer.logps,
             kind=SUMMARY,
             parent=i,
-            reward=float(rewards[i].nan_to_num(0.0)),
+            reward=float(rewards[i]),
         )
         for i, (row, ids, answer, completion) in enumerate(zip(thinking, forced, answers, completions, strict=True))
     ]

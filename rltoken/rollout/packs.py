@@ -15,22 +15,25 @@ def row_lengths(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs["prompt_mask"].sum(1), inputs["completion_mask"].sum(1)
 
 
-def boundaries(lengths: list[int], pack_tokens: int) -> list[tuple[int, int]]:
-    """Cut rows, sorted by falling length, into packs of at most `pack_tokens` tokens, padding counted.
+def boundaries(prompts: list[int], completions: list[int], pack_tokens: int) -> list[tuple[int, int]]:
+    """Cut rows into packs of at most `pack_tokens` tokens, padding counted.
 
     Args:
-        lengths: tokens of each row, falling.
-        pack_tokens: what a pack may hold; a row that is longer stands alone.
+        prompts, completions: tokens of each row, in the order in which rows are packed.
+        pack_tokens: what a pack may hold: rows x (longest prompt + longest completion); a row that is longer stands
+            alone.
 
     Returns:
         Half-open ranges (start, end) that cover all rows in order.
     """
-    packs, start = [], 0
-    for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or (end + 1 - start) * lengths[start] > pack_tokens:
-            packs.append((start, end))
-            start = end
-    return packs
+    packs, start, prompt, completion = [], 0, 0, 0
+    for row, lengths in enumerate(zip(prompts, completions, strict=True)):
+        wider = max(prompt, lengths[0]), max(completion, lengths[1])
+        if row > start and (row + 1 - start) * sum(wider) > pack_tokens:
+            packs.append((start, row))
+            start, wider = row, lengths
+        prompt, completion = wider
+    return [*packs, (start, len(prompts))]
 
 
 def take(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def reduce_loss(values: Tensor, mask: Tensor, loss_type: str, *, max_length: int
     """Reduce an unreduced auxiliary loss as TRL reduces the policy loss of the same type.
 
     Args:
-        values: [B, T] per token, or [B] per row (then a mean over rows, whatever the loss type).
+        values: [B, T].
         mask: [B, T] the full loss mask: it is the divisor, also where `values` are zero.
         max_length: dr_grpo's constant, completion tokens.
         window_tokens: the divisor of dapo, cispo and vespo for one accumulation step.
@@ -84,8 +87,6 @@ def reduce_loss(values: Tensor, mask: Tensor, loss_type: str, *, max_length: int
     Returns:
         A scalar, not yet divided by the accumulation steps (but for dapo, cispo and vespo, whose divisor has them).
     """
-    if values.dim() == 1:
-        return values.mean()
     values = torch.where(mask > 0, values, torch.zeros_like(values))
     if loss_type in ("grpo", "sapo"):
         return (values.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()

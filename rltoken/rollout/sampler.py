@@ -13,7 +13,7 @@ from rltoken.types import Continuation, Progress, Rollout, Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from rltoken.trl_compat import SeamTrainer
+    from rltoken.trainer import TokenGRPOTrainer
 
 
 class PromptStream:
@@ -45,7 +45,7 @@ class PromptStream:
 class TrainerSampler:
     """`rltoken.types.Sampler` over a trainer's generation back end and reward functions."""
 
-    def __init__(self, trainer: SeamTrainer, *, think_end_id: int | None, stream: PromptStream) -> None:
+    def __init__(self, trainer: TokenGRPOTrainer, *, think_end_id: int | None, stream: PromptStream) -> None:
         self._trainer, self.think_end_id, self.stream = trainer, think_end_id, stream
 
     def generate(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[Continuation]:
@@ -66,10 +66,10 @@ class TrainerSampler:
         padding = asked - len(inputs)
         inputs = [*inputs, *([inputs[0] if inputs else self._trainer.train_dataset[0]] * padding)]
         ids = [*map(list, completion_ids), *([self._trainer.eos_token_ids[:1]] * padding)]
-        return self._trainer.grade(inputs, self._trainer.decode(inputs, ids), ids)[0][: asked - padding]
+        return self._trainer.grade(inputs, self._trainer.decode(inputs, ids), ids, log=False)[0][: asked - padding]
 
     def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
-        """Completions of the prompts of `inputs`, one each, graded.
+        """Completions of the prompts of `inputs`, changed by the prompt stages, one each, graded.
 
         Ranks may ask for different numbers: the shorter ones repeat rows and drop the results, since reward functions
         and back ends are called in step.
@@ -77,7 +77,7 @@ class TrainerSampler:
         trainer, inputs = self._trainer, list(inputs)
         asked = self.most(len(inputs))
         filler = inputs[:1] or [trainer.train_dataset[0]]
-        padded = inputs + filler * (asked - len(inputs))
+        padded = trainer.prompted(inputs + filler * (asked - len(inputs)))
         size = trainer.num_generations
         prompt_ids = trainer.tokenize(padded)
         ids, logps = trainer.sample(prompt_ids, num_generations=size if asked % size == 0 else 1)
@@ -89,7 +89,7 @@ class TrainerSampler:
             for i in range(n)
         ]
         progress = Progress(trainer.state.global_step, trainer.state.max_steps)
-        return Rollout(inputs, texts[:n], rewards[:n], rows, progress, size, extras[:n])
+        return Rollout(padded[:n], texts[:n], rewards[:n], rows, progress, size, trainer.args.seed, extras[:n])
 
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of the sampler's own stream."""

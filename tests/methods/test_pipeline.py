@@ -81,6 +81,17 @@ REFUSED = {
     ),
     "kwargs": ("weights", swallows, r"takes \*settings"),
     "no callable": ("weights", 3, r"method\.weights\.mine: 3 is no stage"),
+    "row numbers in a shuffled micro-batch": (
+        "weights",
+        lambda entropy, parent: entropy,
+        r"'parent' belongs to the whole window",
+    ),
+    "random stream in a micro-batch": ("weights", lambda entropy, rng: entropy, r"'rng' belongs to the whole window"),
+    "kinds where rows have none": (
+        "shapes",
+        functools.partial(lambda rewards: rewards, kinds=("summary",)),
+        r"method\.shapes\.mine\.kinds: ",
+    ),
     "aux without gradient": ("aux", lambda old_entropy: old_entropy, r"without a live signal has no gradient"),
 }
 

@@ -158,10 +158,20 @@ def test_group_means_are_constant_within_a_group(seed):
     torch.testing.assert_close(means, signals["rewards"].view(-1, 3).mean(1, keepdim=True).expand(-1, 3))
 
 
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), pack_tokens=st.integers(1, 200))
+@given(rows=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60)), min_size=1), pack_tokens=st.integers(1, 300))
 @settings(max_examples=200, deadline=None)
-def test_packs_cover_all_rows_once_and_hold_what_they_may(lengths, pack_tokens):
-    lengths = sorted(lengths, reverse=True)
-    cuts = packs.boundaries(lengths, pack_tokens)
-    assert [i for start, end in cuts for i in range(start, end)] == list(range(len(lengths)))
-    assert all((end - start) * lengths[start] <= pack_tokens or end - start == 1 for start, end in cuts)
+def test_packs_cover_all_rows_once_and_hold_what_they_may(rows, pack_tokens):
+    prompts, completions = map(list, zip(*rows, strict=True))
+    inputs = {
+        "prompt_mask": (torch.arange(30) >= 30 - torch.tensor(prompts)[:, None]).long(),
+        "completion_mask": (torch.arange(60) < torch.tensor(completions)[:, None]).long(),
+    }
+    inputs |= {"prompt_ids": inputs["prompt_mask"], "completion_ids": inputs["completion_mask"]}
+    cuts = packs.boundaries(prompts, completions, pack_tokens)
+    assert [i for start, end in cuts for i in range(start, end)] == list(range(len(rows)))
+    for start, end in cuts:
+        pack = packs.take(inputs, torch.arange(start, end))
+        size = pack["prompt_ids"].numel() + pack["completion_ids"].numel()
+        assert size <= pack_tokens or end - start == 1
+        assert pack["prompt_mask"].sum(1).tolist() == prompts[start:end]
+        assert pack["completion_mask"].sum(1).tolist() == completions[start:end]

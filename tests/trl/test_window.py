@@ -156,6 +156,14 @@ def test_dynamic_sampling_replaces_flat_groups(run):
     )
 
 
+BOTH = ("thinking", "summary")
+
+
+def rising_clip(progress):
+    """A control that changes the clip range from window to window."""
+    return {"epsilon": 0.001 * (1 + progress.step), "epsilon_high": 0.002 * (1 + progress.step)}
+
+
 RESUMED = {
     "odd step of a window": {
         "steps_per_generation": 4,
@@ -171,7 +179,7 @@ RESUMED = {
 def test_resume_is_exact(run, tmp_path, name, step):
     stages = {
         "rows": {"dynamic": dynamic_sampling},
-        "controls": {"length": functools.partial(length_schedule, start=6, end=12)},
+        "controls": {"length": functools.partial(length_schedule, start=6, end=12), "clip": rising_clip},
     }
     settings = RESUMED[name] | {"reward": sometimes, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
     whole = run(stages, output_dir=tmp_path / "whole", **settings)
@@ -190,6 +198,65 @@ def test_evaluation_never_touches_training(run, tiny):
     )
     assert any("eval_reward" in metrics for metrics in evaluated.metrics)
     assert plain.distance(evaluated) == 0.0
+
+
+def test_stages_for_different_kinds_leave_each_others_rows_alone(run):
+    """Two bounds for two kinds, and a live one for a third: each row has the range of its own kind."""
+    seen = []
+    fixed = functools.partial
+    stages = {
+        "rows": {"force": forced_answer},
+        "bounds": {
+            "thinking": fixed(lambda mask, *, value: (value, value), value=0.05),
+            "summary": fixed(lambda mask, *, value: (value, value), value=0.01, kinds=("summary",)),
+            "live": fixed(lambda logps, *, value: (value, value), value=0.02, kinds=("copy",)),
+        },
+        "weights": {"spy": fixed(spy(seen, ["eps_low", "kind"], "eps_low * 0 + 1"), kinds=BOTH)},
+    }
+    run(stages)
+    for signals in seen:
+        for kind, low in zip(signals["kind"], signals["eps_low"], strict=True):
+            assert torch.allclose(low, torch.full_like(low, {"thinking": 0.05, "summary": 0.01}[kind]))
+
+
+def test_advantages_are_the_credit_at_both_timings(run):
+    window, live = [], []
+    halve = "mask * 0 + 0.5"
+    run(
+        {
+            "weights": {
+                "half": lambda mask: mask * 0 + 0.5,
+                "window": spy(window, ["advantages", "mask"], halve),
+                "live": spy(live, ["advantages", "mask", "entropy"], halve),
+            }
+        },
+        max_steps=1,
+    )
+    close = torch.testing.assert_close
+    close(window[0]["advantages"].sort(0).values[:, 0], live[0]["advantages"].sort(0).values[:, 0])
+
+
+def test_drawn_prompts_pass_the_prompt_stages(run):
+    kept = []
+
+    def look(rollout, sampler):
+        kept.append([("budget" in example) for example in rollout.inputs])
+        return rollout
+
+    stages = {
+        "prompts": {"budget": functools.partial(budget_prompt, budgets=[4])},
+        "rows": {"dynamic": dynamic_sampling, "look": look},
+    }
+    result = run(stages, reward=sometimes, num_generations=2)
+    assert result.trainer.sampler.stream.cursor > 0 and all(all(rows) for rows in kept)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(run, tmp_path):
+    run({}, output_dir=tmp_path / "one", save_strategy="steps", save_steps=2)
+    state = tmp_path / "one/checkpoint-2/rltoken_0.pt"
+    (state.parent / "rltoken_1.pt").write_bytes(state.read_bytes())
+    with pytest.raises(UserError, match=r"resume: .*written by 2 processes and there are 1"):
+        run({}, output_dir=tmp_path / "two", resume=str(state.parent))
 
 
 def test_a_negative_weight_is_refused(run):

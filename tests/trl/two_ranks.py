@@ -27,6 +27,11 @@ def whole_batch_rank(rewards):
     return (rewards.unsqueeze(0) < rewards.unsqueeze(1)).float().mean(1)
 
 
+def bonus_of_summaries(entropy):
+    """An auxiliary loss of summary rows with a metric: some micro-batch on some rank has none of them."""
+    return -0.01 * entropy, {"summary_entropy": entropy.mean().item()}
+
+
 METHODS = {
     "grpo": {},
     "tokens": {
@@ -44,6 +49,7 @@ METHODS = {
         "rows": {"force": functools.partial(forced_answer, max_new_tokens=3)},
         "credits": {"summary": group_centred},
         "weights": {"forks": functools.partial(forks, rho=0.5, kinds=("thinking", "summary"))},
+        "aux": {"told": functools.partial(bonus_of_summaries, kinds=("summary",))},
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
