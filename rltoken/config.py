@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig
 
 from rltoken.errors import UserError, first_line
@@ -23,10 +26,11 @@ from rltoken.pipeline import refuse_split_groups
 TOP_LEVEL = (
     "name", "seed", "resume", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval", "method",
 )  # fmt: skip
-GROUPS = (
+ADDED_GROUPS = (
     "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora",
-    "scale", "hardware",
 )  # fmt: skip
+"""Groups of which nothing is chosen by default: they take a '+'."""
+GROUPS = (*ADDED_GROUPS, "scale", "hardware")
 """Groups of configuration files that have no key of their own at the top level."""
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
@@ -39,12 +43,43 @@ CHOICES = {
 """What TRL knows but checks only once training has begun."""
 OWNED = {"output_dir": "runs_dir and name", "seed": "seed", "data_seed": "seed"}
 """Fields of GRPOConfig that other keys of the configuration decide."""
+AT_LEAST = {
+    "max_completion_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_iterations": 1,
+    "num_generations": 2, "learning_rate": 0, "beta": 0, "epsilon": 0, "top_k": 0,
+}  # fmt: skip
+"""The smallest value that makes sense, where TRL takes any."""
+AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsilon_high": 0}
+"""The same for fields that may be null."""
 PLAIN = (bool, int, float, str)
 
 
+@dataclasses.dataclass
+class EvalSchema:
+    """The keys of `eval` with their types."""
+
+    before: bool = True
+    after: bool = True
+    samples: int = 4
+    temperature: float = 1.0
+    limit: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
+    batch_size: int = 128
+    max_new_tokens: int = 112
+    seed: int = 1234
+
+
+@dataclasses.dataclass
+class RolloutSchema:
+    """The keys of `rollout` with their types."""
+
+    backend: str = "hf"
+    pack_tokens: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
+    normaliser: str = "thinking"
+
+
 def register_schemas() -> None:
-    """Tell Hydra the schema of `trainer`: every field of TRL's GRPOConfig with its type and default."""
-    ConfigStore.instance().store(group="trainer", name="schema", node=trainer_schema())
+    """Tell Hydra the types of `eval`, `rollout` and `trainer` (every field of TRL's GRPOConfig with its default)."""
+    for group, node in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
+        ConfigStore.instance().store(group=group, name="schema", node=node)
 
 
 def trainer_schema() -> type:
@@ -62,46 +97,111 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     """TRL's arguments. `bf16: null` means: where the hardware has it.
 
     Raises:
-        UserError: TRL or transformers refuses a value or a combination.
+        UserError: a value or a combination that TRL or transformers refuses, or would refuse once a model is loaded.
     """
     settings = OmegaConf.to_container(trainer, resolve=True)
+    gpu = torch.cuda.is_available() and not settings["use_cpu"]
     if settings["bf16"] is None:
-        settings["bf16"] = not settings["fp16"] and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if "seed" in (settings["generation_kwargs"] or {}):
+        settings["bf16"] = gpu and not settings["fp16"] and torch.cuda.is_bf16_supported()
+    _check_values(settings)
+    _check_machine(settings, gpu)
+    batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
+    steps = settings["steps_per_generation"] or settings["gradient_accumulation_steps"]
+    if settings["generation_batch_size"]:
+        steps = settings["generation_batch_size"] // (batch * world) or 1
+    refuse_split_groups(batch, steps, settings["num_generations"])
+    try:
+        args = GRPOConfig(output_dir=output_dir, seed=seed, **settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise _refused(error, settings) from error
+    _check_trackers(args.report_to)
+    return args
+
+
+def _check_values(settings: Mapping[str, Any]) -> None:
+    """Refuse values of single fields that make no sense."""
+    for key, least in {**AT_LEAST, **AT_LEAST_OR_NULL}.items():
+        value = settings[key]
+        if value is None and key in AT_LEAST_OR_NULL:
+            continue
+        if value is None or value < least:
+            raise UserError(f"trainer.{key}: {value} is not possible; set it to {least} or more.")
+    if settings["temperature"] <= 0:
         raise UserError(
-            "trainer.generation_kwargs.seed: one seed for all would make the completions of a group identical; "
-            "remove it and set seed."
+            f"trainer.temperature: {settings['temperature']} is not possible: rollouts are sampled; set it above 0."
         )
-    if settings["num_generations"] is not None and settings["num_generations"] < 2:
-        raise UserError(
-            f"trainer.num_generations: GRPO compares the completions of a prompt, so {settings['num_generations']} "
-            "is too few; set it to 2 or more."
-        )
-    for key in ("max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if settings[key] is None or settings[key] < 1:
-            raise UserError(f"trainer.{key}: {settings[key]} is not possible; set it to 1 or more.")
     for key, choices in CHOICES.items():
         if settings[key] not in (*choices, True, False):
             raise UserError(
                 f"trainer.{key}: there is no {settings[key]!r}{nearest(str(settings[key]), choices)}; choose one of: "
                 f"{', '.join(choices)}."
             )
-    batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
-    steps = settings["steps_per_generation"] or settings["gradient_accumulation_steps"]
-    if settings["generation_batch_size"]:
-        steps = settings["generation_batch_size"] // (batch * world)
-    refuse_split_groups(batch, steps, settings["num_generations"])
-    try:
-        return GRPOConfig(output_dir=output_dir, seed=seed, **settings)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"trainer: TRL refuses the settings: {first_line(error)}") from error
+    if "seed" in (settings["generation_kwargs"] or {}):
+        raise UserError(
+            "trainer.generation_kwargs.seed: one seed for all would make the completions of a group identical; "
+            "remove it and set seed."
+        )
+    strategy = settings["eval_strategy"]
+    if str(getattr(strategy, "value", strategy)) not in ("no", "False"):
+        raise UserError(
+            "trainer.eval_strategy: the model is evaluated before and after training, not in between; remove it, and "
+            "see eval.before, eval.after and trainer.save_steps."
+        )
+
+
+def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
+    """Refuse what this machine, or what is installed on it, cannot do."""
+    if settings["bf16"] and not (settings["use_cpu"] or (gpu and torch.cuda.is_bf16_supported())):
+        raise UserError(
+            "trainer.bf16: this machine has no device with bfloat16; set hardware=auto (what the machine has) or "
+            "hardware=cpu, and trainer.bf16=null."
+        )
+    if settings["fp16"] and not gpu:
+        raise UserError("trainer.fp16: it needs a GPU; set trainer.fp16=false.")
+    if settings["use_vllm"] and not _installed("vllm"):
+        raise UserError(
+            "trainer.use_vllm: vLLM is not installed; run: pip install 'rltoken[vllm]', or set trainer.use_vllm=false."
+        )
+    if settings["use_liger_kernel"] and not is_liger_kernel_available():
+        raise UserError(
+            "trainer.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
+        )
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _check_trackers(report_to: Sequence[str]) -> None:
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise UserError(
+                f"trainer.report_to: there is no tracker {name!r}{nearest(name, known)}; choose none or some of: "
+                f"{', '.join(known)}."
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(
+                f"trainer.report_to: {name} is not installed; run: pip install {name}, or set trainer.report_to=none."
+            )
+
+
+def _refused(error: Exception, settings: Mapping[str, Any]) -> UserError:
+    """What TRL or transformers says about the settings, under the key it speaks of where that can be told."""
+    text = first_line(error)
+    if choice := re.match(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", text):
+        value, options = choice[1], [option.strip(" '") for option in choice[2].split(",")]
+        key = next((f"trainer.{key}" for key, found in settings.items() if found == value), "trainer")
+        return UserError(f"{key}: there is no {value!r}{nearest(value, options)}; choose one of: {', '.join(options)}.")
+    key = next((f".{word}" for word in re.findall(r"\w+", text) if word in settings), "")
+    return UserError(f"trainer{key}: TRL refuses it: {text.rstrip('.')}. Set it otherwise.")
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Refuse a key at the top level that nobody reads (`+modle.path=x` would otherwise be ignored), and missing values.
+    """Refuse what no schema catches: keys at the top that nobody reads, values of a wrong type there, missing values.
 
     Raises:
-        UserError: names the key and the nearest one.
+        UserError: names the key and the nearest one, or the fix.
     """
     for key in cfg:
         if key not in TOP_LEVEL:
@@ -109,47 +209,148 @@ def check_keys(cfg: DictConfig) -> None:
             raise UserError(
                 f"{key}: there is no such key or group{nearest(key, known)}; there are: {', '.join(known)}."
             )
+    for key in TOP_LEVEL:
+        if key not in cfg:
+            raise UserError(f"{key}: it cannot be left out; remove '~{key}' from the command.")
+    for section, schema in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
+        fields = [field.name for field in dataclasses.fields(schema)]
+        for key in cfg[section]:  # a leading '+' opens what a schema closes
+            if key not in fields:
+                raise UserError(f"{section}.{key}: there is no such key{nearest(key, fields)}; correct or remove it.")
     for key in sorted(OmegaConf.missing_keys(cfg), key=len):
         raise UserError(f"{key}: it has no value yet; set {key}=...")
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed: {cfg.seed!r} is no whole number from 0 to 4294967295; set seed=0.")
+    if cfg.resume is not None and not isinstance(cfg.resume, str):
+        raise UserError(f"resume: {cfg.resume!r} is neither auto nor a path; set resume=auto or resume=null.")
+    if cfg.runs_dir is None:
+        raise UserError("runs_dir: it has no value; set runs_dir=runs.")
+    for key, node in (
+        ("method", cfg.method),
+        *((f"method.{slot}", stages) for slot, stages in (cfg.method or {}).items()),
+    ):
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{key}: {node!r} holds no stages; leave it out, or set {key}={{}} for none.")
 
 
-def explain(error: Exception, keys: Iterable[str], groups: Mapping[str, Iterable[str]]) -> UserError:
+def check_values(cfg: DictConfig) -> None:
+    """Refuse values of `eval`, `rollout` and `reward` that would only fail once a model is loaded.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
+    for key, smallest in {**least, "eval.seed": 0, "rollout.pack_tokens": 1}.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < smallest:
+            raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
+    for key, choices in (("rollout.backend", ("hf",)), ("rollout.normaliser", ("thinking", "all"))):
+        value = OmegaConf.select(cfg, key)
+        if value not in choices:
+            raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
+    if not cfg.reward.funcs:
+        raise UserError("reward.funcs: there is no reward function; choose reward=math or name one under reward.funcs.")
+    key = "reward.weights" if cfg.reward.weights is not None else "trainer.reward_weights"
+    weights = OmegaConf.select(cfg, key)
+    if weights is not None and len(weights) != len(cfg.reward.funcs):
+        raise UserError(
+            f"{key}: {len(weights)} weights for {len(cfg.reward.funcs)} reward functions "
+            f"({', '.join(cfg.reward.funcs)}); give one for each."
+        )
+
+
+def explain(
+    error: Exception, keys: Iterable[str], groups: Mapping[str, Iterable[str]], overrides: Sequence[str] = ()
+) -> UserError:
     """Hydra's or OmegaConf's error about the command line or a config file as one line with the nearest valid names.
 
     Args:
         error: what composition, or the resolution of a value, raised.
         keys: every key of the configuration as it would be without the mistake, dotted.
         groups: group -> its choices.
+        overrides: the command line, for errors that do not say where they come from.
     """
-    chain = _chain(error)
-    text = "\n".join(str(link) for link in chain)
-    if choice := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
-        group, name = choice.groups()
+    text = "\n".join(str(link) for link in _chain(error))
+    named = re.search(r"full_key: (\S+)", text)
+    key = named[1] if named else "configuration"
+    return (
+        _wrong_choice(text, groups, overrides)
+        or _wrong_value(text, key, overrides)
+        or _wrong_key(text, named and key, keys, groups)
+        or UserError(f"command line: {first_line(error)}")
+    )
+
+
+def _wrong_choice(text: str, groups: Mapping[str, Iterable[str]], overrides: Sequence[str]) -> UserError | None:
+    if found := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", text):
+        group, name = found.groups()
+        while group not in groups and "/" in group:
+            group, _, parent = group.rpartition("/")
+            name = f"{parent}/{name}"
         options = sorted(groups.get(group, ()))
         return UserError(
             f"{group}={name}: there is no such choice{nearest(name, options)}; '{group}' has: {', '.join(options)}."
         )
-    if value := re.search(
-        r"(Value '.*' .*could not be converted to \w+|Incompatible value '.*' for field of type '.*')", text
+    if found := re.search(r"Multiple values for ([\w/]+)\. To override a value use 'override [\w/]+: (.*)'", text):
+        group, name = found.groups()
+        return UserError(
+            f"{group}: it is chosen twice; write {group}={name} without a '+' where it has a default, and several "
+            f"choices of one group as '+{group}=[a,b]'."
+        )
+    if found := re.search(r"Could not (?:override|delete) '([\w/]+)'\. No match in the defaults list", text):
+        group = found[1]
+        if group in groups:
+            return UserError(f"{group}: nothing of this group is chosen yet, so it takes a '+': +{group}=CHOICE.")
+    if "Config group override must be a string or a list" in text:
+        item = next((item for item in overrides if item.lstrip("+").partition("=")[0] in groups and "null" in item), "")
+        group = item.lstrip("+").partition("=")[0] or "command line"
+        return UserError(f"{group}: a group cannot be null; choose one of: {', '.join(sorted(groups.get(group, ())))}.")
+    return None
+
+
+def _wrong_value(text: str, key: str, overrides: Sequence[str]) -> UserError | None:
+    if found := re.search(
+        r"(Value '.*' .*could not be converted to \w+|Value '.*' is not a valid \w+|"
+        r"Incompatible value '.*' for field of type '.*')",
+        text,
     ):
-        key = re.search(r"full_key: (\S+)", text)
-        return UserError(f"{key[1] if key else 'configuration'}: {value[1]}; give a value of that type.")
-    if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
-        return UserError(f"{missing[1]}: it has no value yet; set {missing[1]}=...")
-    unknown = re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text) or re.search(
-        r"full_key: (\S+)", text
+        return UserError(f"{key}: {found[1]}; give a value of that type.")
+    if "is not Optional" in text:
+        return UserError(f"{key}: it cannot be null; give it a value.")
+    if found := re.search(r"Interpolation key '([^']+)' not found", text):
+        return UserError(f"{key}: it refers to ${{{found[1]}}}, which does not exist; correct the reference.")
+    if found := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
+        return UserError(f"{found[1]}: it has no value yet; set {found[1]}=...")
+    if "does not support deletion" in text:
+        return UserError(f"{key}: it cannot be left out; set {key}=... instead.")
+    if found := re.search(r"Error parsing override '(.*)'", text):
+        return UserError(
+            f"{found[1]}: this is no override; write key=value, and quote what the shell would take apart."
+        )
+    if found := re.search(
+        r"(?:no viable alternative|mismatched input|token recognition error|extraneous input).*", text
+    ):
+        near = re.search(r"at input '(.*)'", found[0])
+        item = next((item for item in overrides if near and near[1] in item), "command line")
+        return UserError(f"{item.partition('=')[0]}: {found[0]}; write key=value, with quotes and brackets closed.")
+    return None
+
+
+def _wrong_key(
+    text: str, full_key: str | None, keys: Iterable[str], groups: Mapping[str, Iterable[str]]
+) -> UserError | None:
+    found = re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text)
+    key = found[1] if found else full_key
+    if key is None:
+        return None
+    head, _, field = key.rpartition(".")
+    if head == "trainer" and field in OWNED:
+        return UserError(f"{key}: it follows from {OWNED[field]}; set {OWNED[field].split()[0]}=... instead.")
+    near = nearest_key(key, [*keys, *groups])
+    return UserError(
+        f"{key}: there is no such key{near}. 'python -m rltoken.train --cfg job' prints all of them; a leading '+' "
+        "adds a group such as +exp=grpo."
     )
-    if unknown:
-        near = nearest_key(unknown[1], [*keys, *groups])
-        return UserError(
-            f"{unknown[1]}: there is no such key{near}. 'python -m rltoken.train --cfg job' prints all of them; a "
-            "leading '+' adds a group such as +exp=grpo."
-        )
-    if parsed := re.search(r"Error parsing override '(.*)'", text):
-        return UserError(
-            f"{parsed[1]}: this is no override; write key=value, and quote what the shell would take apart."
-        )
-    return UserError(f"command line: {first_line(error)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -160,7 +361,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_key(name: str, known: Iterable[str]) -> str:
     """The same for a dotted key: the first part of it that is wrong is compared with what stands at its place."""
-    known, parts = set(known), name.split(".")
+    known, parts = set(known) - {name}, name.split(".")
     wrong = next((i for i in range(len(parts)) if ".".join(parts[: i + 1]) not in known), len(parts) - 1)
     prefix = ".".join(parts[:wrong])
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == prefix]

@@ -40,7 +40,8 @@ def table(report: Mapping[str, Any]) -> Table:
         made.add_column(phase, justify="right")
     for label, key, form, half_width in ROWS:
         cells = [
-            form.format(metrics[key]) + (f" ± {form.format(metrics[half_width])}" if half_width else "")
+            form.format(metrics[key])
+            + (f" ± {form.format(metrics[half_width])}" if metrics.get(half_width) is not None else "")
             for _, metrics in found
         ]
         made.add_row(label, *cells)

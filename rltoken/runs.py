@@ -52,6 +52,8 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
     """
     if not is_main_process():
         return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"name: {folder} is a file; choose another with name=..., or another runs_dir=...")
     if folder.exists() and not {path.name for path in folder.iterdir()} <= NOTES:
         if cfg.resume is None:
             raise UserError(

@@ -6,10 +6,13 @@ Nothing is loaded before the configuration has been checked. What a user can men
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import TrainerCallback
 
 from rltoken import config, report, runs
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 
 CONFIG_MODULE = "rltoken.conf"
 STATUSES: list[int] = []
@@ -34,38 +38,49 @@ STATUSES: list[int] = []
 
 
 def main() -> None:
-    """The entry point: exit status 0, 2 where the user can mend something, 1 for anything else."""
+    """The entry point: exit status 0, 2 where the user can mend something, 130 after Ctrl-C, 1 for anything else."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on, instead of printing and exiting
     config.register_schemas()
+    refuse_dashes(sys.argv[1:])
     try:
         _job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's for a group set to null
         GlobalHydra.instance().clear()
-        fail(config.explain(error, *known_names()))
+        fail(config.explain(error, *known_names(), sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted; the same command with resume=auto goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     sys.exit(max(STATUSES, default=0))
 
 
 def fail(error: UserError) -> None:
-    """Print the one line and leave."""
-    print(f"error: {error}", file=sys.stderr)
+    """Print the one line, on rank 0 only since composition fails alike everywhere, and leave."""
+    if runs.is_main_process():
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def refuse_dashes(arguments: Sequence[str]) -> None:
+    """Leave where an override is written as an option (`--exp=grpo`): Hydra would take it for something else."""
+    for argument in arguments:
+        key = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("--") and key.split(".")[0] in (*config.TOP_LEVEL, *config.GROUPS):
+            plus = "+" if key in config.ADDED_GROUPS else ""
+            fail(UserError(f"{argument}: overrides are written without dashes: {plus}{argument.lstrip('-')}"))
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
     """One job; errors are told here, since Hydra would add lines of its own."""
-    folder: Path | None = None
     try:
         config.check_keys(cfg)
         if cfg.name is None:
             chosen = HydraConfig.get()
             cfg.name = runs.default_name(chosen.runtime.choices, cfg.seed, chosen.overrides.task)
-        folder = Path(cfg.runs_dir) / cfg.name
-        run(cfg, folder)
+        run(cfg, Path(cfg.runs_dir) / str(cfg.name))
         STATUSES.append(0)
     except Exception as error:
         mendable = user_error(error)
-        _keep_traceback(folder)
         STATUSES.append(2 if mendable else 1)
         if mendable is None:
             traceback.print_exc()
@@ -78,22 +93,37 @@ def user_error(error: BaseException) -> UserError | None:
     if isinstance(error, UserError):
         return error
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return user_error(error.__cause__) or UserError(f"configuration: {error.__cause__!r}")
+        return user_error(error.__cause__) or _not_instantiated(error)
     if isinstance(error, OmegaConfBaseException):
         return config.explain(error, (), {})
     return None
+
+
+def _not_instantiated(error: InstantiationException) -> UserError:
+    """What a user's own `_target_` raised, or that there is none of that name, under its key."""
+    key, target = re.search(r"full_key: (\S+)", str(error)), re.search(r"target '([^']+)'", str(error))
+    return UserError(
+        f"{key[1] if key else 'configuration'}: {target[1] if target else '_target_'} cannot be had or called: "
+        f"{type(error.__cause__).__name__}: {first_line(error.__cause__).rstrip(':.')}. Correct _target_ or its "
+        "settings."
+    )
 
 
 def known_names() -> tuple[list[str], dict[str, list[str]]]:
     """Every key that there is beside the mistake, and the choices of every group."""
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        groups = {}
-        for group in loader.list_groups(""):
-            if not group.startswith(("hydra", "_")):
-                options = loader.get_group_options(group)
-                groups[group] = [name for name in options if not name.startswith("_") and name != "schema"]
+        groups = {
+            name: _choices(loader, name) for name in loader.list_groups("") if not name.startswith(("hydra", "_"))
+        }
         return config.flat_keys(_without_mistake()), groups
+
+
+def _choices(loader: Any, group: str) -> list[str]:
+    """The choices of a group, those in its folders as folder/choice."""
+    own = [name for name in loader.get_group_options(group) if not name.startswith("_") and name != "schema"]
+    folders = [name for name in loader.list_groups(group) if not name.startswith("_")]
+    return own + [f"{folder}/{name}" for folder in folders for name in _choices(loader, f"{group}/{folder}")]
 
 
 def _without_mistake() -> DictConfig:
@@ -101,7 +131,7 @@ def _without_mistake() -> DictConfig:
     choices = [item for item in sys.argv[1:] if "=" in item and "." not in item.partition("=")[0] and item[0] != "-"]
     try:
         return compose("config", overrides=choices)
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         return compose("config")
 
 
@@ -111,21 +141,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
+    from rltoken.callbacks import ProgressLine
+
     if cfg.resume == "auto" and (done := runs.finished(folder)):
-        print(f"{folder} is finished; its results:")
-        report.show(done)
-        print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
+        if runs.is_main_process():
+            print(f"{folder} is finished; its results:")
+            report.show(done)
+            print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
     checkpoint = runs.checkpoint(folder, cfg.resume)
     runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
-    trainer, evaluation = assemble(cfg, folder, pipeline, args, lora)
-    before = evaluation("before") if cfg.eval.before else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder / "final"))
-    after = evaluation("after") if cfg.eval.after else None
-    if trainer.accelerator.is_main_process:
-        finish(folder, {"name": cfg.name, "before": before, "after": after, "steps": trainer.state.global_step})
+    with _traceback_kept(folder), ProgressLine() as progress:
+        trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, progress)
+        before = evaluation("before") if cfg.eval.before else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder / "final"))
+        after = evaluation("after") if cfg.eval.after else None
+        if trainer.accelerator.is_main_process:
+            finish(folder, {"name": cfg.name, "before": before, "after": after, "steps": trainer.state.global_step})
 
 
 def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
@@ -138,19 +172,18 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     from rltoken.pipeline import build
 
     OmegaConf.resolve(cfg)
-    if cfg.rollout.backend != "hf":
-        raise UserError(f"rollout.backend: '{cfg.rollout.backend}' is unknown; use hf.")
+    config.check_values(cfg)
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
     pipeline.check(args)
-    if cfg.eval.samples < 1 or cfg.eval.batch_size < 1:
-        raise UserError("eval.samples: at least one sample per problem, and one per batch, is needed; set them to 1.")
     return pipeline, args, lora(cfg.model.lora)
 
 
-def assemble(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any) -> tuple[Any, Any]:
+def assemble(
+    cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, progress: TrainerCallback
+) -> tuple[Any, Any]:
     """Load data, tokenizer and model; the trainer, and a function phase -> summary of an evaluation."""
-    from rltoken.callbacks import MetricsFile, ProgressLine
+    from rltoken.callbacks import MetricsFile
     from rltoken.data import check_prompt_lengths
     from rltoken.models import load_model, load_tokenizer
     from rltoken.trainer import TokenGRPOTrainer
@@ -158,8 +191,8 @@ def assemble(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any)
     leave_terminal_to_us()
     state = PartialState()
     with state.main_process_first():  # what is converted or trained once and cached is made by rank 0
-        path = instantiate(cfg.model.source)
         datasets = {role: instantiate(cfg.data[role]) for role in ("train", "eval")}
+        path = instantiate(cfg.model.source)
     tokenizer = load_tokenizer(path, think_end=cfg.model.think_end, trust_remote_code=cfg.model.trust_remote_code)
     longest = cfg.data.get("max_prompt_tokens")
     datasets = {
@@ -183,7 +216,7 @@ def assemble(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any)
         train_dataset=datasets["train"],
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), ProgressLine()],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), progress],
         pipeline=pipeline,
         think_end_id=think_end_id,
         pack_tokens=cfg.rollout.pack_tokens,
@@ -201,8 +234,6 @@ def named(funcs: Any) -> list[Any]:
     for name, func in funcs.items():
         func.__name__ = name
         made.append(func)
-    if not made:
-        raise UserError("reward.funcs: there is no reward function; choose reward=math or name one under reward.funcs.")
     return made
 
 
@@ -266,9 +297,16 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
     print(f"model: {folder / 'final'}, metrics: {folder / 'metrics.jsonl'}, picture: {folder / 'report.png'}")
 
 
-def _keep_traceback(folder: Path | None) -> None:
-    if folder is not None and folder.is_dir() and runs.is_main_process():
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+@contextlib.contextmanager
+def _traceback_kept(folder: Path) -> Iterator[None]:
+    """Write the traceback of whatever ends a run early beside what is there already."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            path = folder / f"traceback{'' if runs.is_main_process() else '_' + os.environ['RANK']}.txt"
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        raise
 
 
 if __name__ == "__main__":

@@ -504,7 +504,8 @@ class TokenGRPOTrainer(SeamTrainer):
         if self.pipeline.needs("ref_logps") and not self.has_reference:
             raise UserError(
                 "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory, or of an "
-                "adapter trained further, is known with beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
+                "adapter trained further, is known with beta > 0 only; set trainer.beta=1e-6, or load the model "
+                "from a folder."
             )
         if self.aux_loss_enabled and (self.pack_tokens is not None or self.pipeline["rows"]):
             raise UserError(

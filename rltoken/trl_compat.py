@@ -339,10 +339,8 @@ class SeamTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {"step": self._step, "window": self._buffered_inputs, "extra": self.checkpoint_state()},
-            folder / self._state_file,
-        )
+        state = {"step": self._step, "window": self._buffered_inputs, "extra": self.checkpoint_state()}
+        (folder / self._state_file).write_bytes(_loadable(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)

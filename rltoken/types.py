@@ -28,7 +28,7 @@ SAMPLED = {
     "truncated": "[B] bool: the completion did not end with an end-of-sequence token",
     "answers": "[B] long: equivalence class of the final answer within the group; -1 where there is none",
     "progress": "Progress: the optimizer step and the last one",
-    "rng": "torch.Generator: seeded by (seed, window), the same on every rank",
+    "rng": "torch.Generator: seeded by (seed, window), the same on every rank; not for live stages",
 }
 """Signals that are known once the rollout is graded, before the model has scored it."""
 

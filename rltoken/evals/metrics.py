@@ -65,19 +65,20 @@ def paired_interval(after: Sequence[float], before: Sequence[float], level: floa
     return mean_interval([a - b for a, b in zip(after, before, strict=True)], level)
 
 
-def summary(table: pd.DataFrame) -> dict[str, float]:
+def summary(table: pd.DataFrame) -> dict[str, float | None]:
     """The numbers of one evaluation that the report prints.
 
     Returns:
         accuracy with its interval clustered by problem; thinking tokens (mean with interval, median, 95th percentile);
-        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples.
+        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples. One
+        problem alone has no interval: None.
     """
     accuracy, thinking = clustered(table, "correct"), clustered(table, "thinking_tokens")
     return {
         "accuracy": accuracy.mean,
-        "accuracy_half_width": accuracy.half_width,
+        "accuracy_half_width": _finite(accuracy.half_width),
         "thinking_tokens": thinking.mean,
-        "thinking_tokens_half_width": thinking.half_width,
+        "thinking_tokens_half_width": _finite(thinking.half_width),
         "thinking_tokens_median": float(table["thinking_tokens"].median()),
         "thinking_tokens_p95": float(table["thinking_tokens"].quantile(0.95)),
         "completion_tokens": float(table["completion_tokens"].mean()),
@@ -85,3 +86,7 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
         "problems": int(table["id"].nunique()),
         "samples": len(table),
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -4,8 +4,11 @@ import json
 import re
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rltoken import config
 
 PROBLEMS = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "id": str(i)} for i in range(8)]
 STAGES = '''
@@ -70,6 +73,36 @@ REFUSED = {
     ),
     "mistyped added key": (lambda d: ["+modle.path=x"], r"modle: .*did you mean 'model'"),
     "mistyped group": (lambda d: ["+weigth=forks"], r"weigth: .*did you mean 'weight'"),
+    "mistyped key beside a plus": (lambda d: ["+eval.smaples=3"], r"eval\.smaples: .*did you mean 'samples'"),
+    "forgotten plus": (lambda d: ["exp=grpo"], r"exp: .*takes a '\+': \+exp="),
+    "superfluous plus": (lambda d: ["+model=hf"], r"model: .*write model=hf without a '\+'"),
+    "dashes": (lambda d: ["--exp=grpo"], r"--exp=grpo: .*without dashes: \+exp=grpo"),
+    "mistyped choice in a list": (lambda d: ["+weight=[forks,frks]"], r"weight=frks: .*did you mean 'forks'"),
+    "choice of a folder that is not there": (lambda d: ["+exp=paper/grpo"], r"exp=paper/grpo: .*'exp' has: .*grpo"),
+    "group set to null": (lambda d: ["scale=null"], r"scale: .*choose one of: paper, small, tiny"),
+    "group left out": (lambda d: ["~rollout"], r"rollout: .*remove '~rollout'"),
+    "field left out": (lambda d: ["~trainer.beta"], r"trainer\.beta: .*set trainer\.beta="),
+    "field that another key decides": (lambda d: ["trainer.seed=1"], r"trainer\.seed: .*set seed="),
+    "reference to nothing": (lambda d: ["data.train.n=${foo}"], r"data\.train\.n: it refers to \$\{foo\}"),
+    "open bracket": (lambda d: ["eval.limit=[1"], r"eval\.limit: .*brackets closed"),
+    "wrong type of a switch": (lambda d: ["trainer.use_cpu=maybe"], r"trainer\.use_cpu: .*not a valid bool"),
+    "wrong type outside trainer": (lambda d: ["eval.samples=many"], r"eval\.samples: Value 'many' .*of that type"),
+    "wrong type of seed": (lambda d: ["seed=abc"], r"seed: 'abc' .*set seed="),
+    "wrong type of resume": (lambda d: ["resume=true"], r"resume: True .*set resume=auto"),
+    "no method": (lambda d: ["method=null"], r"method: .*set method=\{\}"),
+    "no problem to evaluate": (lambda d: ["eval.limit=0"], r"eval\.limit: 0 .*set it to 1 or more"),
+    "empty packs": (lambda d: ["rollout.pack_tokens=0"], r"rollout\.pack_tokens: 0 .*set it to 1 or more"),
+    "unknown normaliser": (lambda d: ["rollout.normaliser=x"], r"rollout\.normaliser: .*thinking, all"),
+    "negative coefficient": (lambda d: ["trainer.beta=-1"], r"trainer\.beta: -1\.0 .*set it to 0 or more"),
+    "greedy rollouts": (lambda d: ["trainer.temperature=0"], r"trainer\.temperature: .*above 0"),
+    "unknown optimizer": (lambda d: ["trainer.optim=adamw_troch"], r"trainer\.optim: .*did you mean 'adamw_torch'"),
+    "unknown tracker": (lambda d: ["trainer.report_to=wnadb"], r"trainer\.report_to: .*did you mean 'wandb'"),
+    "evaluation while training": (lambda d: ["trainer.eval_strategy=steps"], r"trainer\.eval_strategy: .*eval\.after"),
+    "weights of rewards": (lambda d: ["reward.weights=[1,2]"], r"reward\.weights: 2 weights for 1 .*one for each"),
+    "truncation masked beside added rows": (
+        lambda d: ["trainer.mask_truncated_completions=true", "+rows=forced_answer"],
+        r"trainer\.mask_truncated_completions: .*set it to false",
+    ),
     "mistyped group choice": (lambda d: ["+exp=grop"], r"exp=grop: .*did you mean 'grpo'"),
     "wrong type": (lambda d: ["trainer.beta=high"], r"trainer\.beta: Value 'high' .*give a value of that type"),
     "no override": (lambda d: ["trainer.beta"], r"trainer\.beta: .*write key=value"),
@@ -109,7 +142,9 @@ REFUSED = {
     "user stage that raises": (
         lambda d: stage("weights", "raises"), r"method\.weights\.mine: .*RuntimeError: disk on fire.*leave it out",
     ),
-    "no such stage": (lambda d: stage("weights", "nothing"), r"configuration: .*my_stages\.nothing"),
+    "no such stage": (
+        lambda d: stage("weights", "nothing"), r"method\.weights\.mine: my_stages\.nothing .*Correct _target_",
+    ),
     "unknown slot": (lambda d: ["+method.weight.x=1"], r"method\.weight: .*did you mean 'weights'"),
     "seed for all siblings": (
         lambda d: ["trainer.generation_kwargs={seed: 1}"], r"trainer\.generation_kwargs\.seed: .*remove it",
@@ -131,7 +166,9 @@ def test_one_line_names_the_key_and_the_fix(cli, tmp_path, monkeypatch, name):
     found = cli("eval.before=false", *overrides(tmp_path))
     lines = [line for line in found.err.splitlines() if line.startswith("error: ")]
     assert found.status == 2, found.err
-    assert len(lines) == 1 and "Traceback" not in found.err + found.out
+    shown = [line for line in found.err.splitlines() if line and not line.startswith("warm start of the tiny model")]
+    assert shown == lines and len(lines) == 1, found.err
+    assert "Traceback" not in found.out
     assert re.match(f"error: {message}", lines[0]), lines[0]
 
 
@@ -139,6 +176,7 @@ def test_an_existing_run_directory_is_refused(cli):
     assert cli("name=mine", "eval.before=false", "eval.after=false").status == 0
     again = cli("name=mine")
     assert again.status == 2 and "error: name: runs/mine exists already" in again.err and "resume=auto" in again.err
+    assert not (again.runs / "mine/traceback.txt").exists(), "a finished run was written into"
 
 
 def test_another_configuration_is_not_resumed(cli):
@@ -153,3 +191,23 @@ def test_a_try_that_never_began_does_not_stand_in_the_way(cli, tmp_path):
     wrong = cli("name=mine", "model=hf", f"model.path={tmp_path}/nowhere")
     assert wrong.status == 2 and (wrong.runs / "mine/traceback.txt").exists()
     assert cli("name=mine", "eval.before=false", "eval.after=false").status == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("hardware=gpu", r"trainer\.bf16: .*set hardware=auto"), ("trainer.fp16=true", r"trainer\.fp16: .*needs a GPU")],
+)
+def test_hardware_that_is_not_there_is_refused(cli, override, message):
+    found = cli(override)
+    assert found.status == 2 and re.match(f"error: {message}", found.err) and not found.runs.exists()
+
+
+def test_what_is_not_installed_is_refused_before_a_model_loads(cli, monkeypatch):
+    monkeypatch.setattr(config, "_installed", lambda module: False)
+    monkeypatch.setattr(config, "is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: [])
+    for key, value in (("use_vllm", "true"), ("use_liger_kernel", "true"), ("report_to", "wandb")):
+        found = cli(f"trainer.{key}={value}")
+        assert found.status == 2 and re.match(rf"error: trainer\.{key}: .*not installed; run: pip install", found.err)
+        assert not found.runs.exists()

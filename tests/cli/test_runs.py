@@ -1,7 +1,9 @@
 """What a run leaves behind, how it is named, resumed and swept, and what the entry prints."""
 
+import io
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,10 +11,12 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
-from rltoken import runs
+from rltoken import runs, train
+from rltoken.callbacks import MetricsFile, ProgressLine
 from rltoken.config import trainer_schema
 from rltoken.evals.generate import evaluate
 from rltoken.evals.metrics import clustered, mean_interval, paired_interval, summary
@@ -55,6 +59,8 @@ def test_resume_auto(cli):
         path.unlink()
     (folder / "checkpoint-2").rmdir()
     assert cli(*quick, "resume=auto").status == 0
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps.count(1) == 1, "a resumed run logs no step twice"
     again = torch.load(folder / "checkpoint-2/rltoken_0.pt", weights_only=True)
     assert torch.equal(whole["window"][0]["completion_ids"], again["window"][0]["completion_ids"])
 
@@ -62,7 +68,8 @@ def test_resume_auto(cli):
 def test_multirun_gives_every_job_its_own_directory(cli):
     found = cli("+exp=grpo", "seed=1,2", "eval.before=false", "eval.after=false", "--multirun")
     assert found.status == 0, found.err
-    names = sorted(path.name for path in found.runs.iterdir())
+    names = sorted(path.name for path in found.runs.iterdir() if path.is_dir())
+    assert not (found.runs.parent / "multirun.yaml").exists()
     assert len(names) == 2 and names[0].startswith("grpo-tiny-s1") and names[1].startswith("grpo-tiny-s2")
 
 
@@ -168,3 +175,41 @@ def test_intervals_are_clustered_by_problem():
     numbers = summary(table)
     assert numbers["accuracy"] == 0.5 and numbers["thinking_tokens"] == 2.5 and numbers["truncated"] == 0.25
     assert (numbers["problems"], numbers["samples"]) == (2, 4)
+
+
+def test_one_problem_has_no_interval_and_reports_stay_json(cli):
+    found = cli("name=3", "eval.limit=1", "eval.before=false")
+    assert found.status == 0, found.err
+    report = json.loads((found.runs / "3/report.json").read_text(), parse_constant=pytest.fail)
+    assert report["after"]["problems"] == 1 and report["after"]["accuracy_half_width"] is None
+    again = cli("name=3", "eval.limit=1", "eval.before=false", "resume=auto")
+    assert again.status == 0 and "is finished" in again.out
+
+
+def test_metrics_are_json_and_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.6}\n{"step": 3, "rew')
+    callback = MetricsFile(path)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    callback.on_train_begin(None, state, None)
+    assert path.read_text() == '{"step": 1, "reward": 0.5}\n'
+    state.global_step = 2
+    callback.on_log(None, state, None, logs={"reward": float("nan"), "loss": 0.1})
+    last = json.loads(path.read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert (last["step"], last["reward"], last["loss"]) == (2, None, 0.1)
+
+
+def test_the_terminal_is_given_back_when_training_fails():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=3)
+    with pytest.raises(RuntimeError, match="broken"), ProgressLine(console) as progress:
+        progress.on_train_begin(None, state, None)
+        raise RuntimeError("broken")
+    assert stream.getvalue().endswith("\x1b[?25h"), "the cursor stays hidden"
+
+
+def test_ctrl_c_says_how_to_go_on(cli, monkeypatch):
+    monkeypatch.setattr(train, "checked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    found = cli("+exp=grpo")
+    assert found.status == 130 and "resume=auto" in found.err and "Traceback" not in found.err

@@ -93,7 +93,11 @@ def run(tiny, tmp_path):
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
         )
+        forwards = []
+        trainer.model.base_model.register_forward_hook(lambda module, args, output: forwards.append(module.training))
         trainer.train(resume_from_checkpoint=resume)
-        return Run(trainer)
+        result = Run(trainer)
+        result.forwards = forwards.count(True)
+        return result
 
     return train

@@ -22,17 +22,19 @@ def test_empty_pipeline_is_grpo(run, name, lora):
     assert len(stock.metrics) >= 4
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stages_of_every_slot_that_change_nothing(run, name):
+def test_stages_of_every_slot_that_change_nothing(run, name, lora):
     stages = {
         "prompts": {"same": lambda inputs: inputs},
         "controls": {"none": lambda progress: {}},
         "rows": {"same": lambda rollout, sampler: rollout},
         "shapes": {"same": lambda rewards: rewards},
         "credits": {"same": lambda advantages: advantages},
+        "bounds": {"same": lambda eps_low, eps_high: (eps_low, eps_high)},
         "weights": {"one": lambda mask: mask * 0 + 1.0, "live": lambda entropy: entropy * 0 + 1.0},
         "ratios": {"same": lambda logps, old_logps: old_logps},
         "aux": {"zero": lambda logps: logps * 0},
     }
-    stock, ours = run(**SETTINGS[name]), run(stages, **SETTINGS[name])
+    stock, ours = run(lora=lora, **SETTINGS[name]), run(stages, lora=lora, **SETTINGS[name])
     assert stock.distance(ours) == 0.0

@@ -5,9 +5,12 @@ import functools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rltoken.methods.clip_range import clip_range
+from rltoken.methods.entropy_advantage import entropy_advantage
 from rltoken.methods.entropy_bonus import entropy_bonus
+from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks, forks_microbatch
 from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.length_regularised import length_regularised
@@ -97,6 +100,7 @@ def test_packs_equal_no_packs(run, loss_type):
         "learning_rate": 1e-2,
     }
     whole, packed = run(stages, **settings), run(stages, pack_tokens=40, **settings)
+    assert packed.forwards > whole.forwards
     assert whole.distance(packed) < 5e-7
     assert run({}, **settings | {"learning_rate": 0.0}).distance(whole) > 1e-6
 
@@ -160,3 +164,70 @@ def test_rows_of_unequal_number_are_padded_to_the_split(run):
     settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
     result = run({"rows": {"one": one_more}}, **settings)
     assert all(metrics["rows_per_prompt"] == 6.0 for metrics in result.metrics if "rows_per_prompt" in metrics)
+
+
+FRAME = {
+    "rows": {"force": functools.partial(forced_answer, max_new_tokens=3)},
+    "shapes": {"length": functools.partial(length_regularised, longest=12)},
+    "credits": {"entropy": functools.partial(entropy_advantage, alpha=0.05), "summary": group_centred},
+    "weights": {"forks": functools.partial(forks, rho=0.5, kinds=("thinking", "summary"))},
+    "ratios": {"gspo": gspo_token},
+    "aux": {"bonus": functools.partial(entropy_bonus, coef=0.1)},
+}
+SGD = {"optim": "sgd", "max_steps": 2, "loss_type": "dapo"}
+
+
+def test_padding_of_prompts_and_completions_changes_nothing(run):
+    assert run(FRAME, **SGD).distance(run(FRAME, pad_to_multiple_of=32, **SGD)) < 5e-7
+
+
+def test_values_on_masked_tokens_change_nothing(run):
+    """Forced and padded tokens: whatever a credit or a weight says of them, infinity and NaN included."""
+
+    def rubbish(advantages, mask):
+        return torch.where(mask > 0, advantages, torch.full_like(advantages, torch.nan))
+
+    def heavy(mask):
+        return torch.where(mask > 0, torch.ones_like(mask).float(), torch.full(mask.shape, torch.inf))
+
+    both = {"kinds": ("thinking", "summary")}
+    stages = FRAME | {
+        "credits": FRAME["credits"] | {"rubbish": functools.partial(rubbish, **both)},
+        "weights": FRAME["weights"] | {"heavy": functools.partial(heavy, **both)},
+    }
+    assert run(FRAME, **SGD).distance(run(stages, **SGD)) == 0.0
+
+
+def test_the_loss_mask_covers_completions_only(run):
+    masks = []
+
+    def look(mask, ids):
+        masks.append((mask.shape, ids.shape))
+        return mask.float()
+
+    result = run(FRAME | {"weights": {"look": functools.partial(look, kinds=("thinking", "summary"))}}, **SGD)
+    assert masks and all(
+        mask == ids and mask[1] <= result.trainer.args.max_completion_length + 4 for mask, ids in masks
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_equal_rewards_leave_the_weights_where_they_are(run, tiny, value):
+    def constant(completion_ids, **_):
+        return [value] * len(completion_ids)
+
+    stages = {slot: FRAME[slot] for slot in ("credits", "weights", "ratios")}
+    start = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).state_dict()
+    for scale_rewards in ("group", "none"):
+        trained = run(stages, reward=constant, scale_rewards=scale_rewards, **SGD).weights
+        assert all(torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_a_reward_that_abstains_trains_nothing(run):
+    """Rows without any reward have advantage 0 in every slot; the others stay finite."""
+
+    def abstains(completion_ids, **_):
+        return [None if ids[0] % 2 else float(len(ids) > 6) for ids in completion_ids]
+
+    result = run(FRAME, reward=abstains, **SGD)
+    assert all(value.isfinite().all() for value in result.weights.values())
