@@ -57,6 +57,7 @@ def gathered(local: Signals, accelerator: Accelerator, gather_list: Callable[[li
         return local
 
     def make(name: str) -> Any:
+        """The signal of all ranks."""
         value = local[name]
         if name in SHARED:
             return value
@@ -75,6 +76,7 @@ def rows_of(signals: Mapping[str, Any], index: Tensor) -> Signals:
     """The signals of the rows `index` [n] only; a parent that is not among them becomes -1."""
 
     def make(name: str) -> Any:
+        """The signal of the chosen rows."""
         value = signals[name]
         if name in SHARED:
             return value

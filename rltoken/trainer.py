@@ -398,6 +398,7 @@ class TokenGRPOTrainer(SeamTrainer):
         found: dict[str, Any] = {}
 
         def without_metrics(*needed: Any) -> Tensor:
+            """The stage's loss; its metrics, and whether it is per row, are put aside."""
             value = stage.call(*needed)
             value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
             if value.dim() == 0:

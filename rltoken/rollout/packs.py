@@ -44,6 +44,7 @@ def take(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     completion_columns = max(1, int(completions[rows].max()))
 
     def trim(name: str, value: Any) -> Any:
+        """The rows of one entry, without its padding columns."""
         if isinstance(value, list):
             return [value[i] for i in rows.tolist()]
         if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:

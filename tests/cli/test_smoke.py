@@ -22,7 +22,7 @@ EVERY_GROUP = (
 )
 
 
-def check(found):
+def check_run(found):
     assert found.status == 0, found.err
     (folder,) = found.runs.iterdir()
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -34,15 +34,15 @@ def check(found):
 @pytest.mark.smoke
 @pytest.mark.parametrize("exp", EXPS)
 def test_every_exp(cli, exp):
-    check(cli(f"+exp={exp}"))
+    check_run(cli(f"+exp={exp}"))
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("extra", [(), ("+lora=default",), ("trainer.beta=0.1", "rollout.pack_tokens=100")])
 def test_every_group_at_once(cli, extra):
-    check(cli("+exp=grpo", *EVERY_GROUP, "trainer.num_iterations=2", *extra))
+    check_run(cli("+exp=grpo", *EVERY_GROUP, "trainer.num_iterations=2", *extra))
 
 
 @pytest.mark.smoke
 def test_every_world(cli):
-    check(cli("+exp=grpo", "world=formats"))
+    check_run(cli("+exp=grpo", "world=formats"))

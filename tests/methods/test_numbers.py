@@ -19,7 +19,7 @@ from rltoken.ops import group_mean, masked_mean, quantile
 from rltoken.types import Progress
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -27,14 +27,14 @@ def test_forks_keep_the_top_share():
     entropy = torch.tensor([[0.1, 2.0, 0.2, 0.3], [0.9, 1.5, 0.4, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     # seven trained tokens; the 0.8 quantile of .1 .2 .3 .4 .9 1.5 2.0 stands at rank 4.8: 0.9 + 0.8 * 0.6 = 1.38
-    close(quantile(entropy[mask.bool()], 0.8), 1.38)
-    close(forks(entropy, mask, rho=0.2), [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
-    close(forks_microbatch(entropy, mask, rho=0.2), [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    assert_close(quantile(entropy[mask.bool()], 0.8), 1.38)
+    assert_close(forks(entropy, mask, rho=0.2), [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    assert_close(forks_microbatch(entropy, mask, rho=0.2), [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
 
 
 def test_forks_shrink_the_loss_since_the_divisor_counts_all_tokens():
     kept = forks(torch.tensor([[0.1, 2.0, 0.2, 0.3, 0.9, 1.5, 0.4]]), torch.ones(1, 7, dtype=torch.long), rho=0.2)
-    close(-(kept * 1.0).sum() / 7, -2 / 7)
+    assert_close(-(kept * 1.0).sum() / 7, -2 / 7)
 
 
 def test_gspo_token_value_and_gradient():
@@ -52,14 +52,14 @@ def test_gspo_token_value_and_gradient():
 def test_entropy_advantage_never_turns_the_sign():
     advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0, 0.0]])
     entropy = torch.tensor([[0.5, 5.0, 0.9, 5.0, 5.0]])
-    close(entropy_advantage(advantages, entropy, alpha=0.4, kappa=2.0), [[1.2, 1.5, -0.64, -0.5, 0.0]])
+    assert_close(entropy_advantage(advantages, entropy, alpha=0.4, kappa=2.0), [[1.2, 1.5, -0.64, -0.5, 0.0]])
     with pytest.raises(ValueError, match="kappa"):
         entropy_advantage(advantages, entropy, kappa=1.0)
 
 
 def test_length_regularised():
     rewards, lengths = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 32, 640, 5])
-    close(length_regularised(rewards, lengths, weight=0.4, longest=64), [1.0, 0.8, 0.6, 0.0])
+    assert_close(length_regularised(rewards, lengths, weight=0.4, longest=64), [1.0, 0.8, 0.6, 0.0])
 
 
 def test_length_schedule_is_linear_then_constant():
@@ -72,7 +72,7 @@ def test_length_schedule_is_linear_then_constant():
 
 def test_clip_range_and_entropy_bonus():
     assert clip_range(low=0.1, high=0.3) == (0.1, 0.3)
-    close(entropy_bonus(torch.tensor([[1.0, 2.0]]), coef=0.5), [[-0.5, -1.0]])
+    assert_close(entropy_bonus(torch.tensor([[1.0, 2.0]]), coef=0.5), [[-0.5, -1.0]])
 
 
 def test_budget_prompt_gives_one_budget_to_a_group():
@@ -93,12 +93,12 @@ def test_flat_groups():
 
 def test_group_centred_and_group_mean():
     rewards, group = torch.tensor([1.0, 0.0, torch.nan, 3.0]), torch.tensor([7, 7, 2, 2])
-    close(group_mean(rewards, group), [0.5, 0.5, 3.0, 3.0])
-    close(group_centred(rewards[:2], group[:2]), [0.5, -0.5])
+    assert_close(group_mean(rewards, group), [0.5, 0.5, 3.0, 3.0])
+    assert_close(group_centred(rewards[:2], group[:2]), [0.5, -0.5])
 
 
 def test_masked_mean():
     values, mask = torch.tensor([[1.0, 2.0, 100.0], [4.0, torch.nan, torch.inf]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    close(masked_mean(values, mask, dim=1), [1.5, 4.0])
-    close(masked_mean(values, mask), 7 / 3)
-    close(masked_mean(values, mask * 0), 0.0)
+    assert_close(masked_mean(values, mask, dim=1), [1.5, 4.0])
+    assert_close(masked_mean(values, mask), 7 / 3)
+    assert_close(masked_mean(values, mask * 0), 0.0)
