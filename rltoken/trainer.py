@@ -307,7 +307,9 @@ class TokenGRPOTrainer(SeamTrainer):
                 # what the token stages replace
                 "eps_low": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_low), device=device),
                 "eps_high": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_high), device=device),
-                "replaced_logps": lambda: window.get("old_per_token_logps", old["pass"].logps),
+                "replaced_logps": lambda: (
+                    window["old_per_token_logps"] if "old_per_token_logps" in window else old["pass"].logps
+                ),
             }
         )
 
