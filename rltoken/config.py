@@ -141,12 +141,6 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             "trainer.generation_kwargs.seed: one seed for all would make the completions of a group identical; "
             "remove it and set seed."
         )
-    strategy = settings["eval_strategy"]
-    if str(getattr(strategy, "value", strategy)) not in ("no", "False"):
-        raise UserError(
-            "trainer.eval_strategy: the model is evaluated before and after training, not in between; remove it, and "
-            "see eval.before, eval.after and trainer.save_steps."
-        )
 
 
 def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:

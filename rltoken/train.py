@@ -214,6 +214,7 @@ def assemble(
         reward_funcs=funcs,
         args=args,
         train_dataset=datasets["train"],
+        eval_dataset=datasets["eval"] if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), progress],

@@ -97,7 +97,6 @@ REFUSED = {
     "greedy rollouts": (lambda d: ["trainer.temperature=0"], r"trainer\.temperature: .*above 0"),
     "unknown optimizer": (lambda d: ["trainer.optim=adamw_troch"], r"trainer\.optim: .*did you mean 'adamw_torch'"),
     "unknown tracker": (lambda d: ["trainer.report_to=wnadb"], r"trainer\.report_to: .*did you mean 'wandb'"),
-    "evaluation while training": (lambda d: ["trainer.eval_strategy=steps"], r"trainer\.eval_strategy: .*eval\.after"),
     "weights of rewards": (lambda d: ["reward.weights=[1,2]"], r"reward\.weights: 2 weights for 1 .*one for each"),
     "truncation masked beside added rows": (
         lambda d: ["trainer.mask_truncated_completions=true", "+rows=forced_answer"],
