@@ -11,17 +11,15 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
-from trl import GRPOConfig
 
 from rltoken.errors import UserError, first_line
-from rltoken.pipeline import refuse_split_groups
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 TOP_LEVEL = (
     "name", "seed", "resume", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval", "method",
@@ -51,6 +49,13 @@ AT_LEAST = {
 AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsilon_high": 0}
 """The same for fields that may be null."""
 PLAIN = (bool, int, float, str)
+READ = {
+    "model": ("source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora"),
+    "model.forced": ("ellipsis", "header", "stops"),
+    "data": ("train", "eval", "max_prompt_tokens", "too_long"),
+    "reward": ("funcs", "weights", "answer"),
+}
+"""What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
 
 
 @dataclasses.dataclass
@@ -64,6 +69,8 @@ class EvalSchema:
     limit: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
     batch_size: int = 128
     max_new_tokens: int = 112
+    budgets: Any = None
+    max_answer_tokens: int = 128
     seed: int = 1234
 
 
@@ -72,7 +79,10 @@ class RolloutSchema:
     """The keys of `rollout` with their types."""
 
     backend: str = "hf"
-    pack_tokens: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
+    max_thinking_tokens: int = 256
+    max_answer_tokens: int = 128
+    batch_rows: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
+    pack_tokens: Any = "auto"
     normaliser: str = "thinking"
 
 
@@ -84,6 +94,8 @@ def register_schemas() -> None:
 
 def trainer_schema() -> type:
     """A dataclass with the fields of GRPOConfig in types that OmegaConf can check (unions become Any)."""
+    from trl import GRPOConfig
+
     fields = []
     for field in dataclasses.fields(GRPOConfig):
         if field.name not in OWNED and field.init:
@@ -99,6 +111,11 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     Raises:
         UserError: a value or a combination that TRL or transformers refuses, or would refuse once a model is loaded.
     """
+    import torch
+    from trl import GRPOConfig
+
+    from rltoken.pipeline import refuse_split_groups
+
     settings = OmegaConf.to_container(trainer, resolve=True)
     gpu = torch.cuda.is_available() and not settings["use_cpu"]
     if settings["bf16"] is None:
@@ -145,6 +162,9 @@ def _check_values(settings: Mapping[str, Any]) -> None:
 
 def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
     """Refuse what this machine, or what is installed on it, cannot do."""
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
     if settings["bf16"] and not (settings["use_cpu"] or (gpu and torch.cuda.is_bf16_supported())):
         raise UserError(
             "trainer.bf16: this machine has no device with bfloat16; set hardware=auto (what the machine has) or "
@@ -167,6 +187,8 @@ def _installed(module: str) -> bool:
 
 
 def _check_trackers(report_to: Sequence[str]) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
     for name in report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted(INTEGRATION_TO_CALLBACK)
@@ -191,28 +213,44 @@ def _refused(error: Exception, settings: Mapping[str, Any]) -> UserError:
     return UserError(f"trainer{key}: TRL refuses it: {text.rstrip('.')}. Set it otherwise.")
 
 
-def check_keys(cfg: DictConfig) -> None:
+def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
     """Refuse what no schema catches: keys at the top that nobody reads, values of a wrong type there, missing values.
+
+    Args:
+        cfg: as composed, with its references.
+        top_level: the keys that a command has at the top.
 
     Raises:
         UserError: names the key and the nearest one, or the fix.
     """
     for key in cfg:
-        if key not in TOP_LEVEL:
-            known = (*GROUPS, *TOP_LEVEL)
+        if key not in top_level:
+            known = (*GROUPS, *top_level)
             raise UserError(
                 f"{key}: there is no such key or group{nearest(key, known)}; there are: {', '.join(known)}."
             )
-    for key in TOP_LEVEL:
+    for key in top_level:
         if key not in cfg:
             raise UserError(f"{key}: it cannot be left out; remove '~{key}' from the command.")
     for section, schema in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
         fields = [field.name for field in dataclasses.fields(schema)]
+        if not cfg[section].keys() >= set(fields):  # what a scale sets stays where the group is left out
+            raise UserError(f"{section}: it cannot be left out; remove '~{section}' from the command.")
         for key in cfg[section]:  # a leading '+' opens what a schema closes
             if key not in fields:
                 raise UserError(f"{section}.{key}: there is no such key{nearest(key, fields)}; correct or remove it.")
+    for section, fields in READ.items():
+        for key in OmegaConf.select(cfg, section) or {}:
+            if key not in fields and not re.search(rf"\$\{{[^}}]*\b{key}\b", OmegaConf.to_yaml(cfg)):
+                raise UserError(f"{section}.{key}: nothing reads it{nearest(key, fields)}; correct or remove it.")
     for key in sorted(OmegaConf.missing_keys(cfg), key=len):
         raise UserError(f"{key}: it has no value yet; set {key}=...")
+    if "method" in top_level:
+        _check_run_keys(cfg)
+
+
+def _check_run_keys(cfg: DictConfig) -> None:
+    """Refuse values of a wrong type at the top of a training run's configuration."""
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed: {cfg.seed!r} is no whole number from 0 to 4294967295; set seed=0.")
     if cfg.resume is not None and not isinstance(cfg.resume, str):
@@ -233,15 +271,29 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: names the key and the fix.
     """
+    from rltoken.rollout.forced import in_tokens
+
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
-    for key, smallest in {**least, "eval.seed": 0, "rollout.pack_tokens": 1}.items():
+    least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
+    if isinstance(cfg.rollout.pack_tokens, str) and cfg.rollout.pack_tokens != "auto":
+        raise UserError(f"rollout.pack_tokens: {cfg.rollout.pack_tokens!r} is no number; set auto, null or a number.")
+    for key, smallest in {**least, "rollout.pack_tokens": 1}.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and value < smallest:
+        if value not in (None, "auto") and value < smallest:
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
     for key, choices in (("rollout.backend", ("hf",)), ("rollout.normaliser", ("thinking", "all"))):
         value = OmegaConf.select(cfg, key)
         if value not in choices:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
+    try:
+        in_tokens(cfg.eval.budgets or [1], cfg.rollout.max_thinking_tokens)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"eval.budgets: {first_line(error)}.") from error
+    if cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
+        raise UserError(
+            f"rollout.max_thinking_tokens: {cfg.rollout.max_thinking_tokens} is more than a completion may have; lower "
+            f"it, or raise trainer.max_completion_length={cfg.trainer.max_completion_length}."
+        )
     if not cfg.reward.funcs:
         raise UserError("reward.funcs: there is no reward function; choose reward=math or name one under reward.funcs.")
     key = "reward.weights" if cfg.reward.weights is not None else "trainer.reward_weights"
@@ -291,6 +343,8 @@ def _wrong_choice(text: str, groups: Mapping[str, Iterable[str]], overrides: Seq
             f"{group}: it is chosen twice; write {group}={name} without a '+' where it has a default, and several "
             f"choices of one group as '+{group}=[a,b]'."
         )
+    if found := re.search(r"([\w/@.]+) appears more than once in the final defaults list", text):
+        return UserError(f"{found[1]}: it is chosen twice; write several choices of one group as '+{found[1]}=[a,b]'.")
     if found := re.search(r"Could not (?:override|delete) '([\w/]+)'\. No match in the defaults list", text):
         group = found[1]
         if group in groups:
@@ -317,6 +371,10 @@ def _wrong_value(text: str, key: str, overrides: Sequence[str]) -> UserError | N
         return UserError(f"{found[1]}: it has no value yet; set {found[1]}=...")
     if "does not support deletion" in text:
         return UserError(f"{key}: it cannot be left out; set {key}=... instead.")
+    if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^=]+)=(.*)'", text):
+        key, values = found.groups()
+        listed = "" if "(" in values else f", or write one list as {key}=[{values}]"
+        return UserError(f"{key.lstrip('+')}: {values} are several values; add --multirun for a run of each{listed}.")
     if found := re.search(r"Error parsing override '(.*)'", text):
         return UserError(
             f"{found[1]}: this is no override; write key=value, and quote what the shell would take apart."
@@ -361,7 +419,9 @@ def nearest_key(name: str, known: Iterable[str]) -> str:
     siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == prefix]
     near = difflib.get_close_matches(parts[wrong], sorted(siblings), n=1, cutoff=0.6)
     if near:
-        return f" (did you mean '{prefix}{'.' if prefix else ''}{near[0]}'?)"
+        fixed = ".".join([*parts[:wrong], near[0]])
+        whole = ".".join([fixed, *parts[wrong + 1 :]])
+        return f" (did you mean '{whole if whole in known else fixed}'?)"
     elsewhere = sorted(key for key in known if key.rpartition(".")[2] == parts[-1])
     return f" (did you mean '{elsewhere[0]}'?)" if elsewhere else ""
 

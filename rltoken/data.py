@@ -40,14 +40,14 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass
 class _Kept:
-    """The rows that passed the checks, and how many did not, by reason."""
+    """The rows that passed the checks, and how many did not, by reason, with the first of each."""
 
     rows: list[int] = field(default_factory=list)
     prompts: list[list[dict[str, str]]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    unparsable: str = ""
+    examples: dict[str, str] = field(default_factory=dict)
     seen: int = 0
 
 
@@ -148,6 +148,29 @@ def check_prompt_lengths(
     return dataset.select(kept)
 
 
+def warn_shared(train: Dataset, evaluation: Dataset) -> None:
+    """Tell when problems are both trained and evaluated: the evaluation then says nothing about new problems.
+
+    Args:
+        train, evaluation: with a `prompt` column; problems are the same where their text is, spaces apart.
+    """
+    seen = {_text(prompt) for prompt in train["prompt"]}
+    shared = [text for text in map(_text, evaluation["prompt"]) if text in seen]
+    if shared:
+        logger.warning(
+            "data.eval_path: %d of %d evaluated problems are trained on too, for example %s; leave them out of one of "
+            "the two, or read the evaluation as one of known problems.",
+            len(shared),
+            len(evaluation),
+            _short(shared[0]),
+        )
+
+
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    turns = [prompt] if isinstance(prompt, str) else [str(turn["content"]) for turn in prompt]
+    return " ".join(" ".join(turns).split())
+
+
 def _refuse_settings(template: str, gold: str, limit: int | None, role: Role) -> None:
     if "{problem}" not in template:
         raise UserError(f"data.template: {template!r} does not contain {{problem}}. Put {{problem}} where it belongs.")
@@ -219,15 +242,13 @@ def _check(
         kept.seen += 1
         prompt, answer = _messages(problem, template), _gold(raw, gold)
         if prompt is None:
-            kept.dropped["empty problem"] += 1
+            _drop(kept, "empty problem", f"{identity}: {_short(problem)}")
         elif not answer:
-            kept.dropped["empty gold answer"] += 1
-            kept.unparsable = kept.unparsable or f"{identity}: {_short(raw)}"
+            _drop(kept, "empty gold answer", f"{identity}: {_short(raw)}")
         elif not parses(answer):
-            kept.dropped["unreadable gold answer"] += 1
-            kept.unparsable = kept.unparsable or f"{identity}: {_short(answer)}"
+            _drop(kept, "unreadable gold answer", f"{identity}: {_short(answer)}")
         elif identity in ids:
-            kept.dropped["repeated id"] += 1
+            _drop(kept, "repeated id", identity)
         else:
             ids.add(identity)
             kept.rows.append(row)
@@ -237,6 +258,11 @@ def _check(
             if len(kept.rows) == limit:
                 break
     return kept
+
+
+def _drop(kept: _Kept, reason: str, example: str) -> None:
+    kept.dropped[reason] += 1
+    kept.examples.setdefault(reason, example)
 
 
 def _rows(
@@ -275,12 +301,13 @@ def _gold(raw: object, gold: Gold) -> str:
 
 
 def _refuse_bad(kept: _Kept, found: Mapping[str, str | None], label: str, max_unparsable: float) -> None:
-    dropped = kept.dropped
-    bad = dropped["empty gold answer"] + dropped["unreadable gold answer"]
+    dropped, reasons = kept.dropped, ("unreadable gold answer", "empty gold answer")
+    bad = sum(dropped[reason] for reason in reasons)
     if bad > max(1, max_unparsable * kept.seen) or (bad and not kept.rows):
+        example = next(kept.examples[reason] for reason in reasons if dropped[reason])
         raise UserError(
             f"data.columns.answer: {bad} of {kept.seen} gold answers in {label}, column {found['answer']!r}, cannot be "
-            f"read by the grader, for example {kept.unparsable}. Set data.columns.answer to the column with final "
+            f"read by the grader, for example {example}. Set data.columns.answer to the column with final "
             "answers, data.gold to the way they are written, or raise data.max_unparsable."
         )
     if dropped["repeated id"] > kept.seen / 2:
@@ -296,14 +323,17 @@ def _refuse_bad(kept: _Kept, found: Mapping[str, str | None], label: str, max_un
 
 
 def _report(kept: _Kept, label: str, total: int, collisions: Sequence[str]) -> None:
-    reasons = ", ".join(f"{count} with {reason}" for reason, count in kept.dropped.items())
-    example = f", first unreadable: {kept.unparsable}" if kept.unparsable else ""
+    reasons = ", ".join(
+        f"{count} with {reason} (the first is {kept.examples[reason]})" for reason, count in kept.dropped.items()
+    )
     left_out = f"; left out columns {', '.join(collisions)} (names that TRL uses)" if collisions else ""
     told = f"{label}: {len(kept.rows)} problems from {kept.seen} of {total} rows; "
-    told += f"dropped {kept.dropped.total()} ({reasons}{example})" if reasons else "dropped none"
+    told += f"dropped {kept.dropped.total()}: {reasons}" if reasons else "dropped none"
     logger.log(logging.WARNING if reasons or collisions else logging.INFO, "%s%s.", told, left_out)
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "null"
     text = " ".join(str(value).split())
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -167,9 +168,14 @@ def load_model(
             path, dtype=chosen, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
+        if attn_implementation and re.search("attn|attention|kernels", first_line(error).replace(path, ""), re.I):
+            raise UserError(
+                f"model.attn_implementation: {attn_implementation!r} cannot be had ({first_line(error).rstrip('.')}). "
+                "Set it to sdpa or eager, or to null for the model's own choice."
+            ) from error
         raise UserError(
-            f"model.path: the model {path} cannot be loaded ({first_line(error)}). Check model.path, "
-            "model.attn_implementation and model.trust_remote_code."
+            f"model.path: the model {path} cannot be loaded ({first_line(error)}). Check model.path "
+            "and model.trust_remote_code."
         ) from error
 
 

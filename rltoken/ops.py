@@ -48,14 +48,14 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """Mean of each row's group, NaN left out; a group of nothing but NaN has mean NaN.
 
     Args:
-        values: [B] float.
+        values: [B, ...] float.
         group: [B] long: rows of one group share a number.
 
     Returns:
-        [B].
+        [B, ...].
     """
     _, index = group.unique(return_inverse=True)
     known = ~values.isnan()
-    total = values.new_zeros(int(index.max()) + 1).index_add(0, index, values.nan_to_num(0.0))
-    count = values.new_zeros(total.shape).index_add(0, index, known.to(values.dtype))
+    total = values.new_zeros(int(index.max()) + 1, *values.shape[1:]).index_add(0, index, values.nan_to_num(0.0))
+    count = torch.zeros_like(total).index_add(0, index, known.to(values.dtype))
     return (total / count)[index]

@@ -1,8 +1,9 @@
 """A method is a pipeline of typed stages; the signature of a stage says what it needs and when it runs.
 
 A stage is a callable. Its positional parameters name the signals it needs (`rltoken.types` lists them), its
-keyword-only parameters are its settings. Naming a live signal makes it a forward stage; any other runs once per
-generation window, on whole groups. Slots, in the order in which they act:
+keyword-only parameters are its settings, whose annotations say what they may be (`rltoken.ranges`). Naming a live
+signal makes it a forward stage; any other runs once per generation window, on whole groups. Slots, in the order in
+which they act:
 
     prompts   (inputs, ...) -> inputs                      before generation
     controls  (progress, last_window) -> settings          before generation
@@ -23,6 +24,9 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
+import reprlib
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,12 +36,12 @@ from torch import Tensor
 
 from rltoken.errors import UserError, first_line
 from rltoken.signals import rows_of
-from rltoken.types import LIVE, SAMPLED, SCORED, THINKING
+from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-WINDOW = {**SAMPLED, **SCORED}
+WINDOW = {**SAMPLED, **SCORED, **PUBLISHED}
 SLOTS: dict[str, dict[str, str]] = {
     "prompts": {name: SAMPLED[name] for name in ("inputs", "group", "progress", "rng")},
     "controls": {"progress": SAMPLED["progress"], "last_window": "LastWindow of the window before, or None"},
@@ -135,6 +139,7 @@ class Pipeline:
             UserError: names the keys, the reason and the fix.
         """
         refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
+        _check_nothing_is_discarded(self)
         _check_token_credit(self, args)
         _check_added_rows(self, args)
         if self["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
@@ -152,7 +157,8 @@ def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
         stages: slot -> name -> callable, as `method` of the config instantiates.
 
     Raises:
-        UserError: an unknown slot or signal, a setting without a value, a signature that cannot be read.
+        UserError: an unknown slot or signal, a setting without a value or out of its range, a signature that cannot be
+            read, a class in the place of its object, half a state.
     """
     for slot in stages:
         if slot not in SLOTS:
@@ -210,8 +216,15 @@ def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
     Raises:
         UserError: it has neither.
     """
-    value = torch.as_tensor(value, device=base.device)
-    value = value.to(base.dtype if base.is_floating_point() else torch.get_default_dtype())
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{stage.key}: the stage returned {reprlib.repr(value)}, which is no number and no tensor; return one "
+                "value per row or per token of the signals it was given."
+            ) from error
+    value = value.to(base.device, base.dtype if base.is_floating_point() else torch.get_default_dtype())
     if value.shape == base.shape:
         return value
     if value.dim() == 0:
@@ -227,14 +240,16 @@ def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
 def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
     if not callable(call):
         raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
+    _check_object(key, call)
     call, kinds = _take_kinds(call)
-    needs = []
+    needs, hints = [], _hints(call)
     for parameter in inspect.signature(call).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UserError(f"{key}: the stage takes *{parameter.name}; name each signal and each setting instead.")
         if parameter.kind is parameter.KEYWORD_ONLY:
             if parameter.default is parameter.empty:
                 raise UserError(f"{key}.{parameter.name}: the setting has no value; set {key}.{parameter.name}=...")
+            _check_setting(f"{key}.{parameter.name}", hints.get(parameter.name), parameter.default)
         else:
             needs.append(parameter.name)
     for name in needs:
@@ -253,6 +268,45 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
             f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}."
         )
     return stage
+
+
+def _check_object(key: str, call: Callable[..., Any]) -> None:
+    """Refuse what would only fail, or be lost, later: a class in the place of its object, half a state, settings."""
+    if inspect.isclass(call) or (isinstance(call, functools.partial) and inspect.isclass(call.func)):
+        raise UserError(f"{key}: a class needs no _partial_; remove it.")
+    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(call, name)]
+    if len(missing) == 1:
+        raise UserError(f"{key}: its state would be lost without {missing[0]}; define it, or neither of the two.")
+    if isinstance(call, functools.partial) or inspect.isroutine(call):
+        return
+    for name, parameter in inspect.signature(call).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise UserError(
+                f"{key}.{name}: __call__ has no settings, since they are set once; move it to the class's __init__."
+            )
+
+
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, none where they name what only a type checker imports."""
+    target = call.func if isinstance(call, functools.partial) else call
+    try:
+        return typing.get_type_hints(target, include_extras=True) if inspect.isroutine(target) else {}
+    except NameError:
+        return {}
+
+
+def _check_setting(key: str, hint: Any, value: Any) -> None:
+    """Refuse a value that the setting's annotation excludes: Literal[...], or Annotated[type, check, ...]."""
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        choices = {str(choice): None for choice in typing.get_args(hint)}
+        raise UserError(
+            f"{key}: there is no {value!r}{_nearest(str(value), choices)}; choose one of: {', '.join(choices)}."
+        )
+    for check in filter(callable, getattr(hint, "__metadata__", ())):
+        try:
+            check(value)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{key}: {first_line(error).rstrip('.')}.") from error
 
 
 def _check_signal(slot: str, key: str, name: str) -> None:
@@ -294,6 +348,22 @@ def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generati
             f"trainer.num_generations: a group of {num_generations} would be split over ranks or windows: a rank holds "
             f"per_device_train_batch_size x steps_per_generation = {batch_size} x {steps_per_generation} = {rows} "
             "rows; make that a multiple of num_generations."
+        )
+
+
+def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
+    """Refuse what a credit stage that computes the advantages of thinking rows anew would leave without effect."""
+    credits = [stage for stage in pipeline["credits"] if THINKING in stage.kinds]
+    for earlier, stage in itertools.pairwise(credits):
+        if "advantages" not in stage.needs:
+            raise UserError(
+                f"{earlier.key}: {stage.key} comes after it and computes the advantages anew, so it would do nothing; "
+                "choose them in the other order, as +credit=[first,second], or leave one out."
+            )
+    if pipeline["shapes"] and credits and {"advantages", "rewards"}.isdisjoint(credits[0].needs):
+        raise UserError(
+            f"{pipeline['shapes'][0].key}: {credits[0].key} takes its credit from something else than the reward, so a "
+            "shaped reward would do nothing; leave one of them out."
         )
 
 

@@ -17,41 +17,86 @@ from rich.table import Table
 
 ROWS = (
     ("accuracy", "accuracy", "{:.3f}", "accuracy_half_width"),
+    ("anytime accuracy (mean over budgets)", "anytime_accuracy", "{:.3f}", "anytime_accuracy_half_width"),
+    ("accuracy at the last budget", "final_accuracy", "{:.3f}", "final_accuracy_half_width"),
     ("thinking tokens, mean", "thinking_tokens", "{:.1f}", "thinking_tokens_half_width"),
     ("thinking tokens, median", "thinking_tokens_median", "{:.0f}", None),
     ("thinking tokens, 95th percentile", "thinking_tokens_p95", "{:.0f}", None),
     ("completion tokens, mean", "completion_tokens", "{:.1f}", None),
     ("completions cut", "truncated", "{:.1%}", None),
 )
+PALETTE = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLOURS = {"before": "#999999", "after": "#0072B2", "curve": "#D55E00"}
-"""From the palette of Okabe and Ito, told apart by colour-blind readers too."""
+"""Both from the palette of Okabe and Ito, told apart by colour-blind readers too."""
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """Before and after, with 95 % intervals clustered by problem where there are any."""
-    found = [(phase, report[phase]) for phase in ("before", "after") if report.get(phase)]
-    numbers = found[-1][1]
+def table(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One column per evaluation (a phase, or a model), with 95 % intervals clustered by problem where there are any."""
+    numbers = list(evaluations.values())
+    problems = numbers[0]["problems"]
     made = Table(
-        title=f"{report['name']}: {numbers['problems']} problems x {numbers['samples'] // numbers['problems']} samples",
+        title=f"{title}{problems} problems x {numbers[0]['samples'] // problems} samples",
         caption="± is the half width of the 95 % interval, clustered by problem",
     )
     made.add_column("")
-    for phase, _ in found:
-        made.add_column(phase, justify="right")
+    for name in evaluations:
+        made.add_column(name, justify="right")
     for label, key, form, half_width in ROWS:
-        cells = [
-            form.format(metrics[key])
-            + (f" ± {form.format(metrics[half_width])}" if metrics.get(half_width) is not None else "")
-            for _, metrics in found
-        ]
-        made.add_row(label, *cells)
+        if all(key in metrics for metrics in numbers):
+            made.add_row(label, *(cell(metrics, key, form, half_width) for metrics in numbers))
     return made
 
 
+def cell(metrics: Mapping[str, Any], key: str, form: str, half_width: str | None) -> str:
+    """A number with the half width of its interval, where it has one."""
+    spread = metrics.get(half_width)
+    return form.format(metrics[key]) + (f" ± {form.format(spread)}" if spread is not None else "")
+
+
+def curve(axis: Any, metrics: Mapping[str, Any], label: str, colour: str) -> None:
+    """Draw accuracy against thinking budget with its interval; where no answer was forced, one point at its length."""
+    if "budgets" in metrics:
+        # one problem alone has no interval
+        spread = [half_width or 0.0 for half_width in metrics["budget_accuracy_half_width"]]
+        means = metrics["budget_accuracy"]
+        axis.plot(metrics["budgets"], means, marker="o", markersize=3, color=colour, label=label)
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axis.fill_between(metrics["budgets"], low, high, color=colour, alpha=0.15, linewidth=0)
+    else:
+        axis.errorbar(
+            metrics["thinking_tokens"],
+            metrics["accuracy"],
+            xerr=metrics["thinking_tokens_half_width"],
+            yerr=metrics["accuracy_half_width"],
+            fmt="o",
+            capsize=3,
+            color=colour,
+            label=label,
+        )
+    axis.set(xlabel="thinking tokens" + (" allowed" if "budgets" in metrics else ""), ylabel="accuracy")
+
+
 def show(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the table, if anything was evaluated."""
-    if report.get("before") or report.get("after"):
-        (console or Console()).print(table(report))
+    """Print the table of a run, if anything was evaluated."""
+    found = {phase: report[phase] for phase in ("before", "after") if report.get(phase)}
+    if found:
+        (console or Console()).print(table(f"{report['name']}: ", found))
+
+
+def show_comparison(evaluations: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print the comparison of several models."""
+    (console or Console()).print(table("", evaluations))
+
+
+def curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw accuracy against thinking budget of several models into one PNG, intervals shaded."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for i, (name, metrics) in enumerate(summaries.items()):
+        curve(axis, metrics, name, PALETTE[i % len(PALETTE)])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def picture(report: Mapping[str, Any], metrics: list[dict[str, Any]], path: Path) -> None:
@@ -81,19 +126,9 @@ def picture(report: Mapping[str, Any], metrics: list[dict[str, Any]], path: Path
     rewards.set_title("training reward")
     lengths.set_title("training length")
     for phase in ("before", "after"):
-        numbers = report.get(phase)
-        if numbers:
-            final.errorbar(
-                numbers["thinking_tokens"],
-                numbers["accuracy"],
-                xerr=numbers["thinking_tokens_half_width"],
-                yerr=numbers["accuracy_half_width"],
-                fmt="o",
-                capsize=3,
-                color=COLOURS[phase],
-                label=phase,
-            )
-    final.set(xlabel="thinking tokens", ylabel="accuracy", title="evaluation, 95 % intervals")
+        if report.get(phase):
+            curve(final, report[phase], phase, COLOURS[phase])
+    final.set_title("evaluation, 95 % intervals")
     if report.get("before") or report.get("after"):
         final.legend()
     figure.suptitle(report["name"])

@@ -1,4 +1,4 @@
-"""The global random number generators: put aside while something must not consume them."""
+"""Random number generators: seeded ones, and the global ones put aside while something must not consume them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+
+def seeded(*parts: object) -> random.Random:
+    """A generator of its own for what the parts name, such as (seed, step, prompt): alike on every rank and resumed."""
+    return random.Random(" ".join(map(str, parts)))
 
 
 @contextlib.contextmanager

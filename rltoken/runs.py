@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,14 @@ FREE = ("name", "runs_dir", "resume")
 """Keys that may differ when a run is resumed."""
 UNNAMED = ("exp", "scale", "seed", *FREE)
 """Overrides that do not go into a default name as such."""
-NOTES = {"config.yaml", "command.txt", "versions.json", "traceback.txt"}
-"""What a run that ended before it began leaves behind; it does not stand in the way of the next try."""
+NOTES = {"config.yaml", "command.txt", "versions.json"}
+"""What a run writes before it loads anything."""
+TRACEBACKS = "traceback*.txt"
+"""One of each rank that ended with an error."""
+TRAINED = ("metrics.jsonl", "checkpoint-*", "final", "report.json")
+"""What there is only after a first step."""
+UNTRAINED = ("evaluation_before.parquet", "completions", TRACEBACKS)
+"""What a run may leave that failed before its first step."""
 LONGEST_NAME = 80
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "math-verify", "hydra-core", "vllm")
 
@@ -54,20 +61,41 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"name: {folder} is a file; choose another with name=..., or another runs_dir=...")
-    if folder.exists() and not {path.name for path in folder.iterdir()} <= NOTES:
+    if folder.exists() and not _failed_before_its_first_step(folder):
         if cfg.resume is None:
             raise UserError(
                 f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or "
                 "remove it."
             )
-        _refuse_changes(folder, cfg)
+        refuse_changes(folder, cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if _failed_before_its_first_step(folder):
+            _remove(path for pattern in UNTRAINED for path in folder.glob(pattern))
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         (folder / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"runs_dir: {folder} cannot be written ({error.strerror}); set runs_dir=...") from error
+
+
+def _failed_before_its_first_step(folder: Path) -> bool:
+    """Whether a directory is one that the next try may take: only notes, or with a traceback, and nothing trained."""
+    if {path.name for path in folder.iterdir()} <= NOTES:
+        return True
+    failed = (folder / "config.yaml").exists() and any(folder.glob(TRACEBACKS))
+    return failed and not any(path for pattern in TRAINED for path in folder.glob(pattern))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Remove the directory of a run that could not load what it needs, where it holds notes only (rank 0 only)."""
+    if is_main_process() and {path.name for path in folder.iterdir()} <= NOTES:
+        _remove([folder])
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -116,11 +144,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
+def refuse_changes(folder: Path, cfg: DictConfig) -> None:
+    """Refuse to go on in a run directory with other settings than it was made with.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old, new = _flat(OmegaConf.load(path)), _flat(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    old, new = flat(OmegaConf.load(path)), flat(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changed = [key for key in changed if key.split(".")[0] not in FREE]
     if changed:
@@ -132,9 +165,10 @@ def _refuse_changes(folder: Path, cfg: DictConfig) -> None:
         )
 
 
-def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of a configuration under its dotted key."""
     container = OmegaConf.to_container(cfg) if not isinstance(cfg, dict) else cfg
     found: dict[str, Any] = {}
     for key, value in container.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found

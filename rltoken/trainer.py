@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from rltoken.rollout import packs
 from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
-from rltoken.types import LIVE, PADDING, THINKING, LastWindow, Progress, Rollout, Row
+from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
 
-CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high")
+CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end")
 """What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
+NO_TEMPLATE = Template(think_end_id=None, cut=())
 FORWARD = ("mask", "ids", "old_logps", "progress")
 """Window signals that a forward has of itself, so that they need not ride along with the rows."""
 CARRIED = "signal_"
@@ -39,8 +40,11 @@ class TokenGRPOTrainer(SeamTrainer):
 
     Args (besides GRPOTrainer's):
         pipeline: the method, from `rltoken.pipeline.build`; an empty one is plain GRPO.
-        think_end_id: the token that ends thinking; None where the model does not think.
-        pack_tokens: tokens (padding counted) that one forward and backward may hold; None leaves TRL's micro-batches.
+        template: the token that ends the model's thinking, and what forces an answer; by default it does not think.
+        pack_tokens: tokens (padding counted) that one forward and backward may hold; None leaves TRL's micro-batches;
+            'auto' is that, but per_device_train_batch_size x max_completion_length where there are rows stages, whose
+            rows would make TRL's micro-batches many times larger.
+        batch_rows: how many answers transformers samples at once where they are forced; None: all of them.
         normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
             only) or 'all'.
         answer_fn: text -> final answer in a normal form or None; needed by stages that name `answers`.
@@ -53,27 +57,30 @@ class TokenGRPOTrainer(SeamTrainer):
         self,
         *args: Any,
         pipeline: Pipeline | None = None,
-        think_end_id: int | None = None,
-        pack_tokens: int | None = None,
+        template: Template = NO_TEMPLATE,
+        pack_tokens: int | str | None = None,
+        batch_rows: int | None = None,
         normaliser: str = "thinking",
         answer_fn: Callable[[str], str | None] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
-        self.think_end_id, self.pack_tokens, self.normaliser = think_end_id, pack_tokens, normaliser
+        self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
         self.answer_fn = answer_fn
         self._rng: torch.Generator | None = None
         self._windows = 0
+        self._thinking_ends: tuple[int, ...] = ()
         self._last_window: LastWindow | None = None
         self._raw: Tensor | None = None
         self._shaped: Tensor | None = None
         self._pack_shares: tuple[float, float] = (1.0, 1.0)
         super().__init__(*args, **kwargs)
         self.pipeline.check(self.args)
+        self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
         self._check()
         self.sampler = TrainerSampler(
             self,
-            think_end_id=think_end_id,
+            template=template,
             stream=PromptStream(
                 self.train_dataset,
                 seed=self.args.seed,
@@ -95,21 +102,23 @@ class TokenGRPOTrainer(SeamTrainer):
         """The tensors of one generation window, on whole groups."""
         self._rng = window_rng(self.args.seed, self._windows, self.accelerator.device)
         self._windows += 1
-        rows, replay = None, None
+        rollout = None
         with self.completion_limit(self._control_stages()):
             if self.pipeline["rows"]:
                 rollout = self._rows_stages(inputs)
-                inputs, rows, replay = rollout.inputs, rollout.rows, replay_of(rollout)
+                inputs = rollout.inputs
+                ends_thinking = rollout.thinking_only and self.template.think_end_id is not None
+                self._thinking_ends = (self.template.think_end_id,) if ends_thinking else ()
             else:
                 inputs = self.prompted(inputs)
             with self.recording(self._old_parts()):
-                window = self.stock_window(inputs, replay)
-        rows = originals_as_rows(self.sampled_ids) if rows is None else rows
-        self._log_rollout(rows, len(inputs))
+                window = self.stock_window(inputs, rollout and replay_of(rollout, self._thinking_ends))
+        rows = rollout.rows if rollout else originals_as_rows(self.sampled_ids)
+        self._log_rollout(rows, len(inputs), rollout.metrics if rollout else {})
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
         if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux"):
-            local = self._local_signals(window, inputs, rows)
+            local = self._local_signals(window, inputs, rows, rollout.signals if rollout else {})
             self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
             self._carry(window, local, added=len(rows) > len(inputs))
         self.forget_old_pass()
@@ -159,6 +168,12 @@ class TokenGRPOTrainer(SeamTrainer):
             unknown = settings.keys() - set(CONTROLLED)
             if unknown:
                 raise UserError(f"{stage.key}: {sorted(unknown)} cannot be controlled; return {', '.join(CONTROLLED)}.")
+        self.sampler.thinking_only = bool(settings.pop("stop_at_think_end", False))
+        if self.sampler.thinking_only and not self.pipeline["rows"]:
+            raise UserError(
+                f"{self.pipeline['controls'][-1].key}: sampling stops at the end of thinking, so there is no answer to "
+                "grade; add a rows stage that forces answers, such as +rows=brpo."
+            )
         for name, value in settings.items():
             self.log_window_metric(f"control/{name}", float(value))
         settings = self._configured | settings
@@ -176,17 +191,26 @@ class TokenGRPOTrainer(SeamTrainer):
         for stage in self.pipeline["rows"]:
             rollout = stage.run({"rollout": rollout, "sampler": self.sampler})
             check_rollout(stage, rollout, len(inputs))
+        if not rollout.graded:
+            raise UserError(
+                f"{self.pipeline['rows'][0].key}: sampling stops at the end of thinking and no rows stage graded an "
+                "answer; leave out the control stage that sets stop_at_think_end."
+            )
         # TRL's split drops a remainder silently, and ranks must hold equally many rows
         steps = self.args.steps_per_generation
         wanted = -(-self.sampler.most(len(rollout.rows)) // steps) * steps
         filler = Row(rollout.rows[0].prompt_ids, [self.eos_token_ids[0]], [0], [0.0], PADDING, parent=0)
         return dataclasses.replace(rollout, rows=rollout.rows + [filler] * (wanted - len(rollout.rows)))
 
-    def _log_rollout(self, rows: Sequence[Row], originals: int) -> None:
-        thinking = [thinking_length(row.completion_ids, self.think_end_id) for row in rows[:originals]]
+    def _log_rollout(self, rows: Sequence[Row], originals: int, metrics: Mapping[str, float]) -> None:
+        thinking = [thinking_length(row.completion_ids, self.template.think_end_id) for row in rows[:originals]]
         mean = self.accelerator.gather(torch.tensor(thinking, device=self.accelerator.device)).float().mean().item()
         self.log_window_metric("thinking_tokens", mean)
         self.log_window_metric("rows_per_prompt", len(rows) / originals * self.num_generations)
+        if metrics:
+            values = torch.tensor([list(metrics.values())], device=self.accelerator.device)
+            for name, value in zip(metrics, self.accelerator.gather(values).nanmean(0).tolist(), strict=True):
+                self.log_window_metric(name, value)
         self._last_window = LastWindow(
             mean_length=self.last_metric("completions/mean_length"),
             truncated=self.last_metric("completions/clipped_ratio"),
@@ -197,6 +221,9 @@ class TokenGRPOTrainer(SeamTrainer):
         """Give added rows their parent's advantage, and keep them out of the divisors unless they are to count."""
         device = self.accelerator.device
         window["advantages"] = window["advantages"][torch.tensor([row.parent for row in rows], device=device)]
+        for i, row in enumerate(rows):
+            if row.advantage is not None:
+                window["advantages"][i] = row.advantage
         counted = originals if self.normaliser == "thinking" else sum(row.kind != PADDING for row in rows)
         window["row_scale"] = torch.tensor(len(rows) / counted, device=device)
         if self.normaliser == "thinking":
@@ -274,15 +301,21 @@ class TokenGRPOTrainer(SeamTrainer):
             texts,
             ids,
             group,
-            think_end_id=self.think_end_id,
-            ends=self._ends,
+            think_end_id=self.template.think_end_id,
+            ends=self._ends.union(self._thinking_ends),
             answer_fn=self.answer_fn,
             progress=self.progress,
             rng=self._rng,
         )
 
-    def _local_signals(self, window: dict[str, Any], inputs: list[dict[str, Any]], rows: Sequence[Row]) -> Signals:
-        """Every signal of a scored window, for this rank's rows."""
+    def _local_signals(
+        self,
+        window: dict[str, Any],
+        inputs: list[dict[str, Any]],
+        rows: Sequence[Row],
+        published: Mapping[str, Tensor],
+    ) -> Signals:
+        """Every signal of a scored window, for this rank's rows; an added row has its parent's published ones."""
         device = self.accelerator.device
         parents = [row.parent for row in rows]
         row_inputs = [inputs[parent] for parent in parents]
@@ -290,9 +323,16 @@ class TokenGRPOTrainer(SeamTrainer):
         group = [parent // self.num_generations for parent in parents]
         old = Signals({"pass": lambda: self.old_pass(window, self._old_parts())})
         texts = functools.cache(lambda: self.decode(row_inputs, ids))
+        for name in PUBLISHED:
+            if name not in published and self.pipeline.needs(name):
+                stage = next(stage for stage in self.pipeline.stages() if name in stage.needs)
+                raise UserError(
+                    f"{stage.key}: no rows stage published '{name}'; add one that does, such as +rows=brpo."
+                )
         makers = self._sampled_makers(row_inputs, texts, ids, group)
         return Signals(
             makers
+            | {name: (lambda value=value: value.to(device)[parents]) for name, value in published.items()}
             | {
                 "rewards": lambda: self._row_rewards(rows, len(inputs)),
                 "kind": lambda: [row.kind for row in rows],
@@ -486,6 +526,11 @@ class TokenGRPOTrainer(SeamTrainer):
         self._windows = state["windows"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
 
+    def _auto_pack_tokens(self) -> int | None:
+        if not self.pipeline["rows"] or self.is_deepspeed_enabled:
+            return None
+        return self.args.per_device_train_batch_size * self.args.max_completion_length
+
     def _check(self) -> None:
         if self.normaliser not in ("thinking", "all"):
             raise UserError(f"rollout.normaliser: '{self.normaliser}' is unknown; use 'thinking' or 'all'.")
@@ -523,12 +568,13 @@ class TokenGRPOTrainer(SeamTrainer):
             )
 
 
-def replay_of(rollout: Rollout) -> Replay:
-    """What TRL's window code is to see of a finished rollout."""
+def replay_of(rollout: Rollout, ends: tuple[int, ...]) -> Replay:
+    """What TRL's window code is to see of a finished rollout; `ends` complete a completion too."""
     rows, originals = rollout.rows, len(rollout.inputs)
     masks = [row.train_mask for row in rows]
     logps = None if rows[0].logps is None else [row.logps or [None] * len(row.completion_ids) for row in rows]
     return Replay(
+        texts=rollout.texts,
         completion_ids=[row.completion_ids for row in rows[:originals]],
         logps=None if logps is None else logps[:originals],
         all_prompt_ids=[row.prompt_ids for row in rows],
@@ -537,6 +583,7 @@ def replay_of(rollout: Rollout) -> Replay:
         all_masks=None if all(map(all, masks)) else masks,
         rewards=rollout.rewards,
         extras=rollout.extras,
+        ends=ends,
     )
 
 

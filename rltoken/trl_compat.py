@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rltoken.errors import UserError, first_line
+from rltoken.rollout.forced import until_end
+from rltoken.rollout.shared_prefix import generate
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
@@ -37,11 +39,13 @@ SHAPED = "shaped"
 class Replay:
     """A finished rollout that TRL's own window code is to see instead of generating and grading.
 
-    `completion_ids` and `logps` belong to the original rows, in the order of the inputs; the `all_*` lists to every
-    row, the original ones first; `rewards` is [n, F] of this rank; `extras` are the columns that reward functions
-    logged for each original row.
+    `texts`, `completion_ids` and `logps` belong to the original rows, in the order of the inputs; the `all_*` lists to
+    every row, the original ones first; `rewards` is [n, F] of this rank; `extras` are the columns that reward functions
+    logged for each original row; `ends` are tokens after which a completion does not count as cut, besides those that
+    end a sequence.
     """
 
+    texts: list[Any]
     completion_ids: list[list[int]]
     logps: list[list[float]] | None
     all_prompt_ids: list[list[int]]
@@ -50,6 +54,7 @@ class Replay:
     all_masks: list[list[int]] | None
     rewards: Tensor
     extras: list[dict[str, Any]]
+    ends: tuple[int, ...] = ()
 
 
 @dataclass
@@ -88,6 +93,16 @@ class SeamTrainer(GRPOTrainer):
         """[N] shaped rewards of the gathered rows from [N, F] raw ones; None leaves the raw sum (training only)."""
         return None
 
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """TRL's model card, with folders where TRL, for want of hub ids, writes None."""
+        super().create_model_card(model_name, dataset_name, tags)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.accelerator.is_main_process and path.exists():
+            text = path.read_text(encoding="utf-8")
+            source = self.model.config._name_or_path or "a model made in memory"
+            text = text.replace("[None](https://huggingface.co/None)", f"`{source}`")
+            path.write_text(text.replace('model="None"', f'model="{path.parent / "final"}"'), encoding="utf-8")
+
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
         return {}
@@ -104,14 +119,15 @@ class SeamTrainer(GRPOTrainer):
         metrics and tables stay those of the original rows.
         """
         names, weights = self.reward_func_names, self.reward_weights
-        seen = self.state.num_input_tokens_seen
+        seen, ends = self.state.num_input_tokens_seen, self.eos_token_ids
         self._replay = replay
         if replay is not None:
             self._pending_extra_logs = _columns(replay.extras)
+            self.eos_token_ids = [*ends, *replay.ends]
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
-            self._replay = None
+            self._replay, self.eos_token_ids = None, ends
             self.reward_func_names, self.reward_weights = names, weights
             if replay is not None:  # every sampled token was counted when it was sampled, kept or not
                 self.state.num_input_tokens_seen = seen
@@ -122,19 +138,70 @@ class SeamTrainer(GRPOTrainer):
         return self._tokenize_prompts([copy.deepcopy(example["prompt"]) for example in inputs])[0]
 
     def sample(
-        self, prompt_ids: list[list[int]], *, num_generations: int = 1, max_new_tokens: int | None = None
+        self,
+        prompt_ids: list[list[int]],
+        *,
+        num_generations: int = 1,
+        max_new_tokens: int | None = None,
+        stops: Sequence[int] = (),
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Completions (token ids up to and with the first end-of-sequence token) and their sampling log-probs, if any.
 
-        `num_generations` tells vLLM how many successive prompts are one and the same.
+        `num_generations` tells vLLM how many successive prompts are one and the same; `stops` are tokens that end a
+        completion too.
         """
-        with self.completion_limit(max_new_tokens):
+        with self.completion_limit(max_new_tokens), self._stopping_at(stops):
             ids, logps = super()._generate_single_turn(
                 prompt_ids, None, {}, self._siblings(prompt_ids, num_generations)
             )
-        tokens = torch.tensor(sum(map(len, prompt_ids)) + sum(map(len, ids)), device=self.accelerator.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+        self._count_tokens(sum(map(len, prompt_ids)) + sum(map(len, ids)))
         return ids, logps
+
+    def extend(
+        self,
+        contexts: list[list[int]],
+        *,
+        max_new_tokens: int | None = None,
+        stops: Sequence[int] = (),
+        batch_rows: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continuations of contexts that were sampled before, and their log-probs, if any; equal contexts cost one.
+
+        `batch_rows` is how many transformers samples at once, of like length (None: all); vLLM decides by itself.
+        """
+        with self.completion_limit(max_new_tokens), self._stopping_at(stops):
+            if self.use_vllm or self.use_transformers_continuous_batching:
+                ids, logps = super()._generate_single_turn(contexts, None, {}, 1)
+            else:
+                ids, logps = self._extend_with_transformers(contexts, batch_rows or len(contexts)), None
+        self._count_tokens(sum(map(len, ids)))
+        return ids, logps
+
+    def _extend_with_transformers(self, contexts: list[list[int]], batch_rows: int) -> list[list[int]]:
+        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+        found: list[list[int]] = [[] for _ in contexts]
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            for start in range(0, len(order), batch_rows):
+                chosen = order[start : start + batch_rows]
+                rows = generate(
+                    model, [contexts[i] for i in chosen], self.processing_class.pad_token_id, self.generation_config
+                )
+                for i, row in zip(chosen, rows.tolist(), strict=True):
+                    found[i] = until_end(row, self.eos_token_ids)
+        return found
+
+    def _count_tokens(self, tokens: int) -> None:
+        everywhere = self.accelerator.gather(torch.tensor(tokens, device=self.accelerator.device))
+        self.state.num_input_tokens_seen += int(everywhere.sum())
 
     def decode(self, inputs: Sequence[dict[str, Any]], ids: list[list[int]]) -> list[Any]:
         """Completions as TRL hands them to reward functions: strings, or a list with one assistant message."""
@@ -179,6 +246,27 @@ class SeamTrainer(GRPOTrainer):
         try:
             yield
         finally:
+            setattr(holder, name, before)
+
+    @contextlib.contextmanager
+    def _stopping_at(self, stops: Sequence[int]) -> Iterator[None]:
+        """Let these tokens end a completion inside the context, as those that end a sequence do."""
+        if not stops:
+            yield
+            return
+        ends = self.eos_token_ids
+        self.eos_token_ids = [*ends, *stops]
+        if self.use_vllm:
+            holder, name = self.vllm_generation, "generation_kwargs"
+            value = {**holder.generation_kwargs, "stop_token_ids": list(stops)}
+        else:
+            holder, name, value = self.generation_config, "eos_token_id", self.eos_token_ids
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        try:
+            yield
+        finally:
+            self.eos_token_ids = ends
             setattr(holder, name, before)
 
     def log_window_metric(self, name: str, value: float) -> None:
@@ -292,13 +380,13 @@ class SeamTrainer(GRPOTrainer):
         self.sampled_ids = result[1]
         if self._replay is None:
             return result
-        _, _, _, completions, _, extra_fields, images, tool_images = result
+        _, _, _, _, _, extra_fields, images, tool_images = result
         replay = self._replay
         return (
             replay.all_prompt_ids,
             replay.all_completion_ids,
             replay.all_masks,
-            completions,
+            replay.texts,
             replay.all_logps,
             extra_fields,
             images,

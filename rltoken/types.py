@@ -45,6 +45,12 @@ SCORED = {
 }
 """Signals of a scored window: whole groups, before TRL shuffles the rows."""
 
+PUBLISHED = {
+    "budgets": "[B, K] long: thinking budgets of each row, ascending, in tokens",
+    "budget_scores": "[B, K] float: mean score of the answers forced at each budget; NaN where none was graded",
+}
+"""Signals of a scored window that exist only where a rows stage puts them into `Rollout.signals`."""
+
 LIVE = {
     "logps": "[B, T] float with gradient: log-probabilities under the current policy",
     "entropy": "[B, T] float with gradient: its entropy in nats (detach it before using it as a weight)",
@@ -88,7 +94,8 @@ class Row:
 
     `prompt_ids` and `completion_ids` are token ids; `train_mask` has one 0 or 1 per completion token (0: in context,
     never trained); `logps` are the sampler's log-probabilities, if it gives any; `parent` is the index of the thinking
-    row it was grown from; `reward` is the score of an added row (thinking rows have theirs in `Rollout.rewards`).
+    row it was grown from; `reward` is the score of an added row (thinking rows have theirs in `Rollout.rewards`), and
+    `advantage` the credit of each of its tokens (None: its parent's), until a credit stage that acts on its kind.
     """
 
     prompt_ids: list[int]
@@ -98,6 +105,7 @@ class Row:
     kind: str = THINKING
     parent: int = -1
     reward: float | None = None
+    advantage: float | None = None
 
 
 @dataclass
@@ -106,6 +114,12 @@ class Rollout:
 
     The first `len(inputs)` rows are the thinking rows, in the order of `inputs`, `texts` and `rewards` [B, F]; rows
     that a stage adds come after them. `group_size` rows in succession share a prompt. `seed` is the run's.
+
+    With `thinking_only`, thinking rows end with their thinking: that is then no cut. `graded` is False, and `rewards`
+    are NaN, where a control stage stopped sampling there: a rows stage has to add answers and grade those. `extras` are
+    the columns that reward functions logged for each thinking row, `signals` what a rows stage publishes for later
+    stages ([n, ...] per thinking row; `PUBLISHED` has the names), `metrics` what it has logged (a mean over this rank;
+    all ranks log the same names).
     """
 
     inputs: list[dict[str, Any]]
@@ -115,7 +129,26 @@ class Rollout:
     progress: Progress
     group_size: int
     seed: int = 0
+    graded: bool = True
+    thinking_only: bool = False
     extras: list[dict[str, Any]] = field(default_factory=list)
+    signals: dict[str, torch.Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The tokens that make a model answer where its thinking stops.
+
+    `cut` follows thinking that was cut (ellipsis, end of thinking, answer header), `ended` thinking that ended by
+    itself (header only); `stops` end an answer as an end-of-sequence token does. `think_end_id` is None for a model
+    that does not think: its thinking is what it writes before it ends the sequence.
+    """
+
+    think_end_id: int | None
+    cut: tuple[int, ...]
+    ended: tuple[int, ...] = ()
+    stops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,13 +162,23 @@ class Continuation:
 class Sampler(Protocol):
     """What a rows stage samples and grades with. Every rank calls each method equally often."""
 
-    think_end_id: int | None
+    template: Template
+    ends: frozenset[int]
+    """Tokens that end a sequence."""
 
-    def generate(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[Continuation]:
-        """One continuation per context (prompt and completion token ids so far), in one batched call."""
+    def generate(
+        self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None, stops: Sequence[int] = ()
+    ) -> list[Continuation]:
+        """One continuation per context (prompt and completion token ids so far), in one batched call.
+
+        Each goes up to and with the first token that ends a sequence or is one of `stops`.
+        """
 
     def grade(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """[n, F] raw rewards of completions (token ids) to the prompts of `inputs`, each NaN where there is none."""
+
+    def decode(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
+        """Completions (token ids) as reward functions see them: strings, or lists of messages."""
 
     def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
         """Completions of the prompts of `inputs` (one each: repeat a prompt to sample a group), graded."""

@@ -1,60 +1,66 @@
 #!/usr/bin/env python
-"""What a pipeline costs per step over stock GRPOTrainer: a ratio of medians, in one process, step by step in turns.
+"""What methods cost per step over stock GRPOTrainer: ratios of medians, in one process, step by step in turns.
 
     python scripts/bench.py                                  # the identity pipeline on the warm-started tiny world
-    python scripts/bench.py +weight=forks --steps 60         # any method, in the words of the command line
+    python scripts/bench.py --arm '+weight=forks' --arm '+exp=brpo trainer.num_iterations=2' --steps 40
 
-Both trainers start from the same weights and seeds and take turns step by step, each with a random state of its own,
-so the identity pipeline samples the very tokens that stock GRPO samples, a second later. Absolute seconds depend on the
-machine and its neighbours; the ratio is what may be quoted, with the quartiles of the ratios of neighbouring steps.
+Each arm is a method in the words of the command line. All trainers start from the same weights and seeds and take turns
+step by step, each with a random state of its own, so the identity pipeline samples the very tokens that stock GRPO
+samples, a second later. Absolute seconds depend on the machine and its neighbours; the ratios are what may be quoted,
+with the quartiles of the ratios to the stock step beside each.
 """
 
 import argparse
+import itertools
 import logging
+import shlex
 import statistics
 import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
 from rltoken.config import register_schemas, to_grpo_config
 from rltoken.pipeline import build
+from rltoken.rollout.forced import encode_template
 from rltoken.trainer import TokenGRPOTrainer
+
+PHASES = ("thinking", "summaries", "grading", "window", "forward, backward", "optimizer, rest")
 
 
 class Turns:
-    """Whose turn it is, out of two; whoever has finished leaves all turns to the other."""
+    """Whose turn it is; whoever has finished is left out."""
 
-    def __init__(self, names):
-        self._condition, self._names, self._finished = threading.Condition(), names, set()
-        self._now = names[0]
+    def __init__(self, count):
+        self._condition, self._waiting = threading.Condition(), list(range(count))
 
-    def wait(self, name):
-        """Block until it is the turn of `name`."""
+    def wait(self, who):
+        """Block until it is the turn of `who`."""
         with self._condition:
-            self._condition.wait_for(lambda: self._now == name)
+            self._condition.wait_for(lambda: self._waiting[0] == who)
 
-    def give(self, name, *, finished=False):
-        """Give the turn of `name` to the other, if that has not finished."""
+    def give(self, who, *, finished=False):
+        """Give the turn of `who` to the next one."""
         with self._condition:
-            self._finished |= {name} if finished else set()
-            other = self._names[1 - self._names.index(name)]
-            self._now = name if other in self._finished else other
+            self._waiting = self._waiting[1:] + ([] if finished else [who])
             self._condition.notify_all()
 
 
 class InTurns(TrainerCallback):
     """Give the turn away at the beginning of every step, keep the random state, and time what lies between."""
 
-    def __init__(self, name, turns):
-        self._who, self._turns, self._started = name, turns, None
+    def __init__(self, who, turns):
+        self._who, self._turns, self._started = who, turns, None
         self.seconds = []
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -67,12 +73,49 @@ class InTurns(TrainerCallback):
         self._started = time.perf_counter()
 
 
+class Timed(TokenGRPOTrainer):
+    """Keeps the seconds that each part of a step took; a part within another one counts as its own only."""
+
+    def __init__(self, *args, **kwargs):
+        self.parts, self._inner = Counter(), [0.0]
+        super().__init__(*args, **kwargs)
+
+    def _timed(self, part, call, *args, **kwargs):
+        self._inner.append(0.0)
+        started = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            taken = time.perf_counter() - started
+            self.parts[part] += taken - self._inner.pop()
+            self._inner[-1] += taken
+
+    def sample(self, *args, **kwargs):
+        return self._timed("thinking", super().sample, *args, **kwargs)
+
+    def extend(self, *args, **kwargs):
+        return self._timed("summaries", super().extend, *args, **kwargs)
+
+    def grade(self, *args, **kwargs):
+        return self._timed("grading", super().grade, *args, **kwargs)
+
+    def make_window(self, *args, **kwargs):
+        return self._timed("window", super().make_window, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        return self._timed("forward, backward", super().training_step, *args, **kwargs)
+
+
 def make(cfg, folder, output_dir, callback, *, stock):
     """A trainer of the configuration: TRL's own, or ours with the configured pipeline."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    think_end = tokenizer.convert_tokens_to_ids(cfg.model.think_end) if cfg.model.think_end else None
-    options = {} if stock else {"pipeline": build(instantiate(cfg.method)), "think_end_id": think_end}
-    trainer = (GRPOTrainer if stock else TokenGRPOTrainer)(
+    options = {} if stock else {
+        "pipeline": build(instantiate(cfg.method, _convert_="object")),
+        "template": encode_template(tokenizer, think_end=cfg.model.think_end, **cfg.model.forced),
+        "pack_tokens": cfg.rollout.pack_tokens,
+        "batch_rows": cfg.rollout.batch_rows,
+    }  # fmt: skip
+    trainer = (GRPOTrainer if stock else Timed)(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         reward_funcs=list(instantiate(cfg.reward.funcs).values()),
         args=to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed),
@@ -85,22 +128,60 @@ def make(cfg, folder, output_dir, callback, *, stock):
     return trainer
 
 
-def train(name, trainer, turns, seed):
+def train(who, trainer, turns, seed):
     """Train when it is the trainer's turn, from a random state that depends on the seed only."""
-    turns.wait(name)
+    turns.wait(who)
     set_seed(seed)
     try:
         trainer.train()
     finally:
-        turns.give(name, finished=True)
+        turns.give(who, finished=True)
+
+
+def in_turns(cfgs, scratch):
+    """Train stock GRPO with the first configuration and ours with every one: the trainers, and seconds per step."""
+    folder, turns = instantiate(cfgs[0].model.source), Turns(1 + len(cfgs))
+    callbacks = [InTurns(who, turns) for who in range(1 + len(cfgs))]
+    trainers = [
+        make(cfg, folder, f"{scratch}/{who}", callbacks[who], stock=who == 0)
+        for who, cfg in enumerate([cfgs[0], *cfgs])
+    ]
+    threads = [
+        threading.Thread(target=train, args=(who, trainer, turns, cfgs[0].seed)) for who, trainer in enumerate(trainers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return trainers, [callback.seconds for callback in callbacks]
+
+
+def report(names, trainers, seconds):
+    """One row per trainer: its step, the ratio to stock GRPO, its tokens, and where the time of a step went."""
+    table = Table(title=f"{len(seconds[0])} steps each, in turns; seconds are medians, parts are means")
+    for column in ("", "s a step", "ratio of medians", "quartiles of ratios", "tokens", *PHASES):
+        table.add_column(column, justify="left" if not column else "right")
+    stock = statistics.median(seconds[0])
+    for name, trainer, own in zip(names, trainers, seconds, strict=True):
+        median = statistics.median(own)
+        low, _, high = statistics.quantiles([a / b for a, b in zip(own, seconds[0], strict=True)], n=4)
+        parts = getattr(trainer, "parts", None)
+        shares = [""] * len(PHASES)
+        if parts is not None:
+            each = {part: parts[part] / trainer.state.global_step for part in PHASES}
+            each[PHASES[-1]] = max(0.0, statistics.fmean(own) - sum(each.values()))
+            shares = [f"{each[part]:.3f}" for part in PHASES]
+        ratio = ["", ""] if trainer is trainers[0] else [f"{median / stock:.3f}", f"{low:.3f} to {high:.3f}"]
+        table.add_row(name, f"{median:.3f}", *ratio, str(int(trainer.state.num_input_tokens_seen)), *shares)
+    Console(width=200).print(table)
 
 
 def main() -> None:
-    """Train both in turns and print medians, their ratio and the tokens."""
+    """Train all of them in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. +weight=forks trainer.num_iterations=2")
+    parser.add_argument("--arm", action="append", help="a method as Hydra overrides; by default the empty pipeline")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each trainer")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted in the medians")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -109,34 +190,13 @@ def main() -> None:
 
     register_schemas()
     quiet = ["trainer.save_strategy=no", "trainer.log_completions=false", f"trainer.max_steps={options.steps}"]
+    arms = options.arm or ["+exp=grpo"]
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=[*quiet, *options.overrides])
-    folder = instantiate(cfg.model.source)
-    turns = Turns(["stock", "ours"])
-    callbacks = {name: InTurns(name, turns) for name in ("stock", "ours")}
+        cfgs = [compose("config", overrides=[*quiet, *shlex.split(arm)]) for arm in arms]
     with tempfile.TemporaryDirectory() as scratch:
-        trainers = {
-            name: make(cfg, folder, f"{scratch}/{name}", callback, stock=name == "stock")
-            for name, callback in callbacks.items()
-        }
-        threads = [
-            threading.Thread(target=train, args=(name, trainer, turns, cfg.seed)) for name, trainer in trainers.items()
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    seconds = {name: callback.seconds[options.warm_up :] for name, callback in callbacks.items()}
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["stock"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    for name, trainer in trainers.items():
-        print(
-            f"{type(trainer).__name__:17} {medians[name]:.4f} s a step (median of {len(ratios)}), "
-            f"{trainer.state.num_input_tokens_seen} tokens"
-        )
-    print(f"ratio of medians  {medians['ours'] / medians['stock']:.4f}; of neighbouring steps: median ", end="")
-    print(f"{statistics.median(ratios):.4f}, quartiles {low:.4f} to {high:.4f}")
+        trainers, seconds = in_turns(cfgs, scratch)
+    counted = [values[options.warm_up :] for values in seconds]
+    report(["stock GRPOTrainer", *itertools.chain(arms)], trainers, counted)
 
 
 if __name__ == "__main__":

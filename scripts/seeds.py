@@ -1,46 +1,123 @@
 #!/usr/bin/env python
-"""Before against after over the seeds of one setting, with a paired t interval over seeds.
+"""Compare settings over seeds: before against after, and every setting against every other, paired over seeds.
 
-    python -m rltoken.train +exp=grpo seed=0,1,2,3,4 'model.source.seed=${seed}' --multirun
-    python scripts/seeds.py runs/grpo-tiny-s*
+    python -m rltoken.train +exp=grpo,brpo seed=0,1,2,3,4 'model.seed=${seed}' --multirun
+    python scripts/seeds.py runs/*-s* --picture curves.png
 
-Each run is one seed; its accuracy is a mean over the same fixed problem set before and after training.
+Runs that differ in nothing but their seeds are one setting. Each run's numbers are means over one fixed problem set;
+intervals are Student's t over the seeds (95 %), of the paired differences where two things are compared. Run folders
+without a report are left out, and said to be.
 """
 
 import argparse
+import itertools
 import json
+import re
+import sys
+from collections import defaultdict
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from rltoken.evals.metrics import mean_interval, paired_interval
+from rltoken.report import curves as draw
+from rltoken.runs import flat
 
-METRICS = {"accuracy": "{:.3f}", "thinking_tokens": "{:.1f}", "truncated": "{:.3f}"}
+METRICS = {"accuracy": ".3f", "anytime_accuracy": ".3f", "final_accuracy": ".3f", "thinking_tokens": ".1f"}
+SEEDS = {"seed", "model.seed", "model.source.seed"}
+PLACES = {"name", "runs_dir", "resume"}
+
+
+def read(folders):
+    """Setting -> seed -> report of the finished runs.
+
+    Raises:
+        SystemExit: two runs of one setting have the same seed, or there is none.
+    """
+    settings, labels = defaultdict(dict), {}
+    for folder in folders:
+        if not (folder / "report.json").is_file():
+            print(f"{folder}: left out, it has no report.json, so it is not finished", file=sys.stderr)
+            continue
+        values = flat(OmegaConf.load(folder / "config.yaml"))
+        key = json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS - PLACES)}, default=str)
+        label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
+        if values["seed"] in settings[label]:
+            sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
+        settings[label][values["seed"]] = json.loads((folder / "report.json").read_text())
+    if len(set(labels.values())) < len(labels):
+        sys.exit("two settings would have the same label: give the runs names that say how they differ")
+    if not settings:
+        sys.exit("no finished run among these folders")
+    return settings
+
+
+def difference(after, before, form):
+    """The mean paired difference with its interval."""
+    found = paired_interval(after, before)
+    return f"{found.mean:+{form}} ± {found.half_width:{form}}"
+
+
+def each_setting(settings, metrics):
+    """Before, after and their paired difference of every setting."""
+    table = Table(title="before and after; ± is the half width of the 95 % t interval over seeds")
+    for column in ("setting", "seeds", "", *metrics):
+        table.add_column(column, justify="left" if column in ("setting", "") else "right")
+    for label, reports in settings.items():
+        values = {phase: {m: [r[phase][m] for r in reports.values()] for m in metrics} for phase in ("before", "after")}
+        for phase, name in (("before", label), ("after", "")):
+            means = [f"{mean_interval(values[phase][metric]):{METRICS[metric]}}" for metric in metrics]
+            table.add_row(name, str(len(reports)) if name else "", phase, *means)
+        change = [difference(values["after"][m], values["before"][m], METRICS[m]) for m in metrics]
+        table.add_row("", "", "after - before", *change, end_section=True)
+    return table
+
+
+def each_pair(settings, metrics):
+    """The difference after training of every two settings, over the seeds that both have."""
+    table = Table(title="after training, paired over the seeds that both settings have")
+    for column in ("difference", "seeds", *metrics):
+        table.add_column(column, justify="left" if column == "difference" else "right")
+    for one, other in itertools.combinations(settings, 2):
+        seeds = sorted(settings[one].keys() & settings[other].keys())
+        if not seeds:
+            continue
+        values = [[[settings[label][s]["after"][m] for s in seeds] for label in (one, other)] for m in metrics]
+        cells = [difference(*pair, METRICS[metric]) for pair, metric in zip(values, metrics, strict=True)]
+        table.add_row(f"{one} - {other}", str(len(seeds)), *cells)
+    return table
+
+
+def over_seeds(summaries):
+    """One curve out of the curves of all seeds: means with t intervals."""
+    columns = zip(*(summary["budget_accuracy"] for summary in summaries), strict=True)
+    each = [mean_interval(column) for column in columns]
+    return {
+        "budgets": summaries[0]["budgets"],
+        "budget_accuracy": [estimate.mean for estimate in each],
+        "budget_accuracy_half_width": [estimate.half_width for estimate in each],
+    }
 
 
 def main() -> None:
-    """Print one row per run and one per mean."""
+    """Print both tables, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, one per seed")
-    folders = parser.parse_args().runs
-    reports = {folder.name: json.loads((folder / "report.json").read_text()) for folder in folders}
-    table = Table(title=f"{len(reports)} seeds; ± is the half width of the 95 % t interval over seeds")
-    for column in ("run", *(f"{name} {phase}" for name in METRICS for phase in ("before", "after"))):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for name, report in reports.items():
-        cells = [form.format(report[phase][key]) for key, form in METRICS.items() for phase in ("before", "after")]
-        table.add_row(name, *cells)
-    means, differences = [], []
-    for key, form in METRICS.items():
-        before, after = ([report[phase][key] for report in reports.values()] for phase in ("before", "after"))
-        means += [f"{mean_interval(values):{form[2:-1]}}" for values in (before, after)]
-        differences.append(f"{key} {paired_interval(after, before):+{form[3:-1]}}".replace("± +", "± "))
-    table.add_section()
-    table.add_row("mean", *means)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
+    options = parser.parse_args()
+    settings = read(options.runs)
+    reports = [report for runs in settings.values() for report in runs.values()]
+    metrics = [metric for metric in METRICS if all(metric in report["after"] for report in reports)]
     console = Console(width=160)
-    console.print(table)
-    console.print(f"after - before, paired over seeds: {'; '.join(differences)}")
+    console.print(each_setting(settings, metrics))
+    if len(settings) > 1:
+        console.print(each_pair(settings, metrics))
+    if options.picture:
+        curves = {"start": over_seeds([report["before"] for report in next(iter(settings.values())).values()])}
+        curves |= {label: over_seeds([run["after"] for run in runs.values()]) for label, runs in settings.items()}
+        draw(curves, options.picture)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,92 @@
-"""Sample completions of a problem set with transformers and grade them, leaving every random state as it was."""
+"""Sample completions of a problem set with transformers, force answers at thinking budgets, and grade all of them.
+
+Every batch of problems has a random state of its own, so the table does not depend on how many processes share the
+work; every global random state is left as it was.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rltoken.evals.metrics import AT_BUDGET
 from rltoken.rng import forked_rng
+from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, until_end, well_formed
 from rltoken.signals import plain_text, thinking_length
+from rltoken.types import Template
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Args:
+        samples: completions per problem; `temperature` 0 is greedy, for which one is enough.
+        max_new_tokens: completion tokens at most; `max_answer_tokens` those of a forced answer.
+        budgets: ascending thinking budgets in tokens at which an answer is forced; none by default.
+        batch_size: completions that are generated at once. It is part of what a seed reproduces.
+        seed: of the sampling.
+    """
+
+    samples: int
+    temperature: float
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    budgets: tuple[int, ...] = ()
+    max_answer_tokens: int = 128
+
+
+def settings_of(config: Mapping[str, Any], longest: int) -> Settings:
+    """The settings in the section `eval` of the configuration; `longest` is what fractional budgets are shares of.
+
+    Raises:
+        ValueError: budgets that are not ascending.
+    """
+    names = ("samples", "temperature", "max_new_tokens", "max_answer_tokens", "batch_size", "seed")
+    budgets = in_tokens(config["budgets"], longest) if config["budgets"] else ()
+    return Settings(**{name: config[name] for name in names}, budgets=tuple(budgets))
+
+
+class Generator:
+    """A model that completes lists of token ids."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
+        self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
+        declared = model.generation_config.eos_token_id
+        declared = [] if declared is None else [declared] if isinstance(declared, int) else declared
+        self.ends = frozenset([*declared, tokenizer.eos_token_id])
+
+    def complete(
+        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """One continuation each, up to and with the first token that ends the sequence or is one of `stops`."""
+        ends = self.ends.union(stops)
+        sampled = {"temperature": self._temperature, "top_k": 0, "top_p": 1.0}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=self._temperature > 0,
+            **(sampled if self._temperature > 0 else {}),
+            eos_token_id=sorted(ends),
+            pad_token_id=self._tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        encoded = self._tokenizer.pad({"input_ids": contexts}, padding_side="left", return_tensors="pt")
+        encoded = encoded.to(self._model.device)
+        output = self._model.generate(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
+        )
+        return [until_end(ids, ends) for ids in output[:, encoded["input_ids"].size(1) :].tolist()]
 
 
 def evaluate(
@@ -21,97 +94,110 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     reward: Callable[..., list[float | None]],
+    template: Template,
+    settings: Settings,
     *,
-    samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    think_end_id: int | None,
     label: str = "evaluation",
 ) -> pd.DataFrame:
-    """Sample and grade `samples` completions per problem.
+    """Sample and grade completions of every problem, each process its share of the batches.
+
+    Each completion is generated once; at every budget its thinking is cut, an answer is forced, and that is graded too
+    (thinking that ended before a budget is answered once for all of those, as in BRPO's training).
 
     Args:
         dataset: with `prompt` (conversational), `id` and what `reward` reads.
         reward: correctness in TRL's signature; None counts as wrong.
-        samples: completions per problem; `temperature` 0 is greedy, for which one is enough.
-        max_new_tokens: completion tokens at most.
-        batch_size: completions that are generated at once. It is part of what a seed reproduces.
-        seed: of the sampling; the global random states are restored afterwards.
+        template: what forces an answer.
         label: what the progress bar says.
 
     Returns:
-        One row per sample: id, sample, correct (0 or 1), thinking_tokens, completion_tokens, truncated, text.
+        One row per sample, on every process: id, sample, correct (0 or 1), thinking_tokens, completion_tokens,
+        truncated, text, and `correct@B` for every budget B.
     """
-    jobs = [(row, sample) for row in range(len(dataset)) for sample in range(samples)]
-    ends = _end_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    state = PartialState()
+    jobs = [(row, sample) for row in range(len(dataset)) for sample in range(settings.samples)]
+    batches = list(enumerate(range(0, len(jobs), settings.batch_size)))[state.process_index :: state.num_processes]
+    generator = Generator(model, tokenizer, settings.temperature)
     training = model.training
     model.eval()
-    records: list[dict[str, Any]] = []
+    tables = []
     try:
-        with (
-            forked_rng(seed),
-            torch.no_grad(),
-            tqdm(total=len(jobs), desc=label, disable=not sys.stderr.isatty()) as bar,
-        ):
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                records += _graded(model, tokenizer, dataset, reward, batch, settings, ends, think_end_id)
-                bar.update(len(batch))
+        with torch.no_grad(), tqdm(total=len(batches), desc=label, disable=not sys.stderr.isatty()) as bar:
+            for number, start in batches:
+                batch = jobs[start : start + settings.batch_size]
+                with forked_rng(settings.seed * 1_000_003 + number):
+                    records = _batch(generator, tokenizer, dataset, reward, template, settings, batch)
+                tables.append(pd.DataFrame.from_records(records, index=range(start, start + len(batch))))
+                bar.update()
     finally:
         model.train(training)
-    return pd.DataFrame.from_records(records)
+    if state.num_processes > 1:
+        tables = gather_object(tables)
+    return pd.concat(tables).sort_index()
 
 
-def _graded(model, tokenizer, dataset, reward, batch, settings, ends, think_end_id) -> list[dict[str, Any]]:
+def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> list[dict[str, Any]]:
+    """The records of one batch of (problem, sample)."""
     examples = [dataset[row] for row, _ in batch]
     prompts = tokenizer.apply_chat_template(
         [example["prompt"] for example in examples], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    encoded = tokenizer.pad({"input_ids": prompts["input_ids"]}, padding_side="left", return_tensors="pt")
-    encoded = encoded.to(model.device)
-    output = model.generate(
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
-    )
-    completions = [_until_end(ids, ends) for ids in output[:, encoded["input_ids"].size(1) :].tolist()]
+    )["input_ids"]
+    completions = generator.complete(prompts, settings.max_new_tokens)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    correct = _correct(reward, examples, completions, texts)
+    at_budgets = _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions)
+    return [
+        {
+            "id": example["id"],
+            "sample": sample,
+            "correct": value,
+            "thinking_tokens": thinking_length(ids, template.think_end_id),
+            "completion_tokens": len(ids),
+            "truncated": not ids or ids[-1] not in generator.ends,
+            "text": plain_text(text),
+            **{f"{AT_BUDGET}{budget}": score for budget, score in zip(settings.budgets, scores, strict=True)},
+        }
+        for example, (_, sample), value, ids, text, scores in zip(
+            examples, batch, correct, completions, texts, at_budgets, strict=True
+        )
+    ]
+
+
+def _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions) -> list[list[float]]:
+    """Per completion its correctness at every budget, each from an answer forced there."""
+    if not settings.budgets:
+        return [[] for _ in completions]
+    branches: list[tuple[int, Prefix, int]] = [
+        (i, prefix, shared)
+        for i, ids in enumerate(completions)
+        for prefix, shared in prefixes(
+            thinking_part(ids, template.think_end_id), settings.budgets, template, generator.ends
+        )
+    ]
+    # sorted by length, so that a batch is not padded to the longest context of all
+    order = sorted(range(len(branches)), key=lambda k: len(branches[k][1].ids))
+    scores = [0.0] * len(branches)
+    for start in range(0, len(order), settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        contexts = [prompts[branches[k][0]] + branches[k][1].ids for k in chosen]
+        answers = generator.complete(contexts, settings.max_answer_tokens, template.stops)
+        ids = [branches[k][1].ids + answer for k, answer in zip(chosen, answers, strict=True)]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        correct = _correct(reward, [examples[branches[k][0]] for k in chosen], ids, texts)
+        for k, answer, value in zip(chosen, answers, correct, strict=True):
+            scores[k] = value * well_formed(branches[k][1], answer, template, generator.ends)
+    found: list[list[float]] = [[] for _ in completions]
+    for (i, _, shared), score in zip(branches, scores, strict=True):
+        found[i] += [score] * shared
+    return found
+
+
+def _correct(reward, examples, completions, texts) -> list[float]:
     columns = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}
-    correct = reward(
+    values = reward(
         prompts=[example["prompt"] for example in examples],
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         completion_ids=completions,
         **columns,
     )
-    return [
-        {
-            "id": example["id"],
-            "sample": sample,
-            "correct": float(value or 0.0),
-            "thinking_tokens": thinking_length(ids, think_end_id),
-            "completion_tokens": len(ids),
-            "truncated": not ids or ids[-1] not in ends,
-            "text": plain_text(text),
-        }
-        for example, (_, sample), value, ids, text in zip(examples, batch, correct, completions, texts, strict=True)
-    ]
-
-
-def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
-    """The tokens up to and with the first that ends a sequence."""
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: stop + 1]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    declared = model.generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else declared
-    return frozenset([*declared, tokenizer.eos_token_id])
+    return [float(value or 0.0) for value in values]

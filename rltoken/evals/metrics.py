@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from scipy import stats
+
+AT_BUDGET = "correct@"
+"""What the name of a column begins with that holds correctness at a budget; the budget in tokens follows."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,47 @@ def paired_interval(after: Sequence[float], before: Sequence[float], level: floa
     return mean_interval([a - b for a, b in zip(after, before, strict=True)], level)
 
 
-def summary(table: pd.DataFrame) -> dict[str, float | None]:
+def budgets_of(table: pd.DataFrame) -> list[int]:
+    """The budgets at which answers were forced, ascending."""
+    return sorted(int(name.removeprefix(AT_BUDGET)) for name in table.columns if name.startswith(AT_BUDGET))
+
+
+def under_budgets(table: pd.DataFrame) -> dict[str, Any]:
+    """Accuracy of the answers forced at each budget, with intervals clustered by problem.
+
+    Returns:
+        budgets (tokens), budget_accuracy and its half widths, one per budget; anytime_accuracy, the mean over the
+        budgets, and final_accuracy, that of the last one (BRPO, arXiv 2505.13438, section 4), with their half widths.
+        Nothing where no answer was forced.
+    """
+    budgets = budgets_of(table)
+    if not budgets:
+        return {}
+    columns = [f"{AT_BUDGET}{budget}" for budget in budgets]
+    each = [clustered(table, column) for column in columns]
+    anytime = clustered(table.assign(anytime=table[columns].mean(axis=1)), "anytime")
+    return {
+        "budgets": budgets,
+        "budget_accuracy": [estimate.mean for estimate in each],
+        "budget_accuracy_half_width": [_finite(estimate.half_width) for estimate in each],
+        "anytime_accuracy": anytime.mean,
+        "anytime_accuracy_half_width": _finite(anytime.half_width),
+        "final_accuracy": each[-1].mean,
+        "final_accuracy_half_width": _finite(each[-1].half_width),
+    }
+
+
+def summary(table: pd.DataFrame) -> dict[str, Any]:
     """The numbers of one evaluation that the report prints.
 
     Returns:
         accuracy with its interval clustered by problem; thinking tokens (mean with interval, median, 95th percentile);
-        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples. One
-        problem alone has no interval: None.
+        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples; and
+        what `under_budgets` gives. One problem alone has no interval: None.
     """
     accuracy, thinking = clustered(table, "correct"), clustered(table, "thinking_tokens")
     return {
+        **under_budgets(table),
         "accuracy": accuracy.mean,
         "accuracy_half_width": _finite(accuracy.half_width),
         "thinking_tokens": thinking.mean,

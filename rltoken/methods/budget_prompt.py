@@ -5,10 +5,22 @@ Source: the prompt side of L1 (Aggarwal and Welleck, "L1: Controlling How Long A
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+
+
+def are_budgets(budgets: Sequence[int]) -> None:
+    """Let a list of token counts pass."""
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"{budgets!r} is not possible; set it to numbers of tokens, as in [16,32]")
+
+
+def has_a_place(template: str) -> None:
+    """Let a text pass that says where the budget belongs."""
+    if "{budget}" not in template:
+        raise ValueError(f"{template!r} does not contain {{budget}}; put it where the number belongs")
 
 
 def budget_prompt(
@@ -16,8 +28,8 @@ def budget_prompt(
     group: Tensor,
     rng: torch.Generator,
     *,
-    budgets: Sequence[int],
-    template: str = " Think for {budget} tokens.",
+    budgets: Annotated[Sequence[int], are_budgets],
+    template: Annotated[str, has_a_place] = " Think for {budget} tokens.",
 ) -> list[dict[str, Any]]:
     """Append a budget, drawn once per group, to the last message; reward functions find it in the column `budget`.
 

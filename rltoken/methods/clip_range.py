@@ -7,7 +7,13 @@ Paper (asymmetric range, "clip-higher"): Yu et al., "DAPO", 2025 (arXiv 2503.144
 For TRL's `cispo` loss eps_high is the absolute cap of the ratio, not a distance from 1.
 """
 
+from typing import Annotated
 
-def clip_range(*, low: float = 0.2, high: float = 0.28) -> tuple[float, float]:
+from rltoken.ranges import Range
+
+
+def clip_range(
+    *, low: Annotated[float, Range(least=0)] = 0.2, high: Annotated[float, Range(least=0)] = 0.28
+) -> tuple[float, float]:
     """The same range for every token."""
     return low, high

@@ -12,10 +12,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from rltoken.ranges import Count
 from rltoken.types import Rollout, Sampler
 
 
-def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: int = 3) -> Rollout:
+def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: Count = 3) -> Rollout:
     """Replace groups without spread in their raw total reward. Put it before stages that add rows.
 
     Args:
@@ -23,9 +24,11 @@ def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: int = 3)
         max_rounds: how often to draw and sample for what is missing.
 
     Raises:
-        ValueError: the rollout already has added rows, which would lose their parents.
+        ValueError: the rollout already has added rows, which would lose their parents, or is not graded yet.
     """
-    if len(rollout.rows) != len(rollout.inputs):
+    if not rollout.graded:
+        raise ValueError("there is no reward yet, since sampling stops at the end of thinking; leave that out")
+    if rollout.signals or len(rollout.rows) != len(rollout.inputs):
         raise ValueError("dynamic sampling replaces thinking rows, so it must come before stages that add rows")
     size = rollout.group_size
     for _ in range(max_rounds):

@@ -9,11 +9,21 @@ kappa > 1, so the sign of an advantage never turns. Paper's settings: alpha 0.4 
 Deviation: the entropy is that of the policy that sampled, fixed for the window, so that accumulation changes nothing.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from rltoken.ranges import Range
 
-def entropy_advantage(advantages: Tensor, old_entropy: Tensor, *, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+
+def entropy_advantage(
+    advantages: Tensor,
+    old_entropy: Tensor,
+    *,
+    alpha: Annotated[float, Range(least=0)] = 0.4,
+    kappa: Annotated[float, Range(above=1)] = 2.0,
+) -> Tensor:
     """[B, T] shaped advantages from [B, T] advantages and entropies in nats.
 
     Raises:

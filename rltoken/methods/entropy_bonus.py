@@ -6,9 +6,13 @@ Deviation from TRL's `entropy_coef`, which averages over the micro-batch's token
 has the policy loss's own divisor, so that its weight against the policy loss does not depend on micro-batches.
 """
 
+from typing import Annotated
+
 from torch import Tensor
 
+from rltoken.ranges import Range
 
-def entropy_bonus(entropy: Tensor, *, coef: float = 0.001) -> Tensor:
+
+def entropy_bonus(entropy: Tensor, *, coef: Annotated[float, Range()] = 0.001) -> Tensor:
     """[B, T] unreduced loss from [B, T] live entropies in nats."""
     return -coef * entropy

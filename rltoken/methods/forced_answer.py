@@ -10,20 +10,26 @@ length, the end of thinking is forced, and the answer y is sampled and graded.
 It adds one row of kind 'summary' per thinking row, and is the smallest stage that uses everything an added row has.
 """
 
-import dataclasses
-import random
+from dataclasses import replace
+from typing import Annotated
 
 from torch import Tensor
 
 from rltoken.ops import group_mean
+from rltoken.ranges import Count, Range
+from rltoken.rng import seeded
+from rltoken.rollout.forced import SUMMARY, Prefix, sample_answers
 from rltoken.signals import thinking_length
-from rltoken.types import Rollout, Row, Sampler
-
-SUMMARY = "summary"
+from rltoken.types import Rollout, Sampler
 
 
 def forced_answer(
-    rollout: Rollout, sampler: Sampler, *, shortest: float = 0.25, longest: float = 0.75, max_new_tokens: int = 16
+    rollout: Rollout,
+    sampler: Sampler,
+    *,
+    shortest: Annotated[float, Range(least=0, most=1)] = 0.25,
+    longest: Annotated[float, Range(least=0, most=1)] = 0.75,
+    max_new_tokens: Count = 16,
 ) -> Rollout:
     """Add one forced answer per thinking row.
 
@@ -32,41 +38,17 @@ def forced_answer(
         max_new_tokens: tokens of the answer.
 
     Raises:
-        ValueError: the model has no end-of-thinking token to force.
+        ValueError: the model's template forces nothing where thinking is cut.
     """
-    if sampler.think_end_id is None:
-        raise ValueError("forcing an answer needs an end-of-thinking token; set model.think_end")
-    thinking = rollout.rows[: len(rollout.inputs)]
-    shares = [
-        # drawn per (seed, step, prompt, sibling), so that the number of ranks changes nothing
-        random.Random(f"{rollout.seed} {rollout.progress.step} {row.prompt_ids} {i % rollout.group_size}").uniform(
-            shortest, longest
-        )
-        for i, row in enumerate(thinking)
-    ]
-    kept = [
-        row.completion_ids[: int(share * thinking_length(row.completion_ids, sampler.think_end_id))]
-        for row, share in zip(thinking, shares, strict=True)
-    ]
-    forced = [[*ids, sampler.think_end_id] for ids in kept]
-    answers = sampler.generate(
-        [row.prompt_ids + ids for row, ids in zip(thinking, forced, strict=True)], max_new_tokens=max_new_tokens
-    )
-    completions = [ids + answer.ids for ids, answer in zip(forced, answers, strict=True)]
-    rewards = sampler.total(sampler.grade(rollout.inputs, completions))
-    added = [
-        Row(
-            prompt_ids=row.prompt_ids,
-            completion_ids=completion,
-            train_mask=[0] * len(ids) + [1] * len(answer.ids),
-            logps=None if answer.logps is None else [0.0] * len(ids) + answer.logps,
-            kind=SUMMARY,
-            parent=i,
-            reward=float(rewards[i]),
-        )
-        for i, (row, ids, answer, completion) in enumerate(zip(thinking, forced, answers, completions, strict=True))
-    ]
-    return dataclasses.replace(rollout, rows=[*rollout.rows, *added])
+    branches = []
+    for i, row in enumerate(rollout.rows[: len(rollout.inputs)]):
+        rng = seeded(rollout.seed, rollout.progress.step, row.prompt_ids, i % rollout.group_size)
+        length = thinking_length(row.completion_ids, sampler.template.think_end_id)
+        kept = row.completion_ids[: int(rng.uniform(shortest, longest) * length)]
+        branches.append((i, Prefix(kept, sampler.template.cut, closed=False)))
+    rows, raw = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
+    added = [replace(row, reward=score) for row, score in zip(rows, sampler.total(raw).tolist(), strict=True)]
+    return replace(rollout, rows=[*rollout.rows, *added])
 
 
 def group_centred(rewards: Tensor, group: Tensor, *, kinds: tuple[str, ...] = (SUMMARY,)) -> Tensor:

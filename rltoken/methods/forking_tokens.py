@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from rltoken.ops import quantile
+from rltoken.ranges import Share
 
 
-def forks(old_entropy: Tensor, mask: Tensor, *, rho: float = 0.2) -> Tensor:
+def forks(old_entropy: Tensor, mask: Tensor, *, rho: Share = 0.2) -> Tensor:
     """Keep the top `rho` of the window's tokens by the entropy of the policy that sampled.
 
     Args:
@@ -33,7 +34,7 @@ def forks(old_entropy: Tensor, mask: Tensor, *, rho: float = 0.2) -> Tensor:
     return top_entropy(old_entropy, mask, rho)
 
 
-def forks_microbatch(entropy: Tensor, mask: Tensor, *, rho: float = 0.2) -> Tensor:
+def forks_microbatch(entropy: Tensor, mask: Tensor, *, rho: Share = 0.2) -> Tensor:
     """Keep the top `rho` of a micro-batch's tokens by the live entropy [B, T]: TRL's reading."""
     return top_entropy(entropy.detach(), mask, rho)
 

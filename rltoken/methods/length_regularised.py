@@ -7,10 +7,20 @@ Source: the length-regularised control of the embedded world, a form used by man
 The penalty is gated by success: failing fast never pays, and a correct answer always beats a wrong one for weight < 1.
 """
 
+from typing import Annotated
+
 from torch import Tensor
 
+from rltoken.ranges import Count, Range
 
-def length_regularised(rewards: Tensor, thinking_lengths: Tensor, *, weight: float = 0.4, longest: int = 64) -> Tensor:
+
+def length_regularised(
+    rewards: Tensor,
+    thinking_lengths: Tensor,
+    *,
+    weight: Annotated[float, Range(least=0, below=1)] = 0.4,
+    longest: Count = 64,
+) -> Tensor:
     """[B] rewards scaled down by thinking length.
 
     Args:

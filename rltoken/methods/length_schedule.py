@@ -4,10 +4,11 @@ The idea of growing or shrinking the sampling length over training is that of Th
 the plain schedule, without their criteria.
 """
 
+from rltoken.ranges import Count, Share
 from rltoken.types import Progress
 
 
-def length_schedule(progress: Progress, *, start: int, end: int, over: float = 1.0) -> dict[str, int]:
+def length_schedule(progress: Progress, *, start: Count, end: Count, over: Share = 1.0) -> dict[str, int]:
     """How many completion tokens to sample at most.
 
     Args:

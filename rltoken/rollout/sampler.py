@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rltoken.types import Continuation, Progress, Rollout, Row
+from rltoken.types import Continuation, Progress, Rollout, Row, Template
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,17 +45,26 @@ class PromptStream:
 class TrainerSampler:
     """`rltoken.types.Sampler` over a trainer's generation back end and reward functions."""
 
-    def __init__(self, trainer: TokenGRPOTrainer, *, think_end_id: int | None, stream: PromptStream) -> None:
-        self._trainer, self.think_end_id, self.stream = trainer, think_end_id, stream
+    def __init__(self, trainer: TokenGRPOTrainer, *, template: Template, stream: PromptStream) -> None:
+        self._trainer, self.template, self.stream = trainer, template, stream
+        self.ends = frozenset(trainer.eos_token_ids)
+        self.thinking_only = False
 
-    def generate(self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None) -> list[Continuation]:
+    def generate(
+        self, contexts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None, stops: Sequence[int] = ()
+    ) -> list[Continuation]:
         """One continuation per context, in one batched call."""
         asked = self.most(len(contexts))
         if not asked:
             return []
         filler = [contexts[0] if contexts else self._trainer.eos_token_ids[:1]]
         padded = [*contexts, *(filler * (asked - len(contexts)))]
-        ids, logps = self._trainer.sample([list(context) for context in padded], max_new_tokens=max_new_tokens)
+        ids, logps = self._trainer.extend(
+            [list(context) for context in padded],
+            max_new_tokens=max_new_tokens,
+            stops=stops,
+            batch_rows=self._trainer.batch_rows,
+        )
         return [
             Continuation(row, logps[i] if logps is not None else None) for i, row in enumerate(ids[: len(contexts)])
         ]
@@ -71,6 +80,8 @@ class TrainerSampler:
     def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
         """Completions of the prompts of `inputs`, changed by the prompt stages, one each, graded.
 
+        With `thinking_only`, they stop at the end of thinking and are not graded: there is no answer yet.
+
         Ranks may ask for different numbers: the shorter ones repeat rows and drop the results, since reward functions
         and back ends are called in step.
         """
@@ -80,16 +91,46 @@ class TrainerSampler:
         padded = trainer.prompted(inputs + filler * (asked - len(inputs)))
         size = trainer.num_generations
         prompt_ids = trainer.tokenize(padded)
-        ids, logps = trainer.sample(prompt_ids, num_generations=size if asked % size == 0 else 1)
+        ids, logps = trainer.sample(
+            prompt_ids, num_generations=size if asked % size == 0 else 1, stops=self.thinking_stops
+        )
         texts = trainer.decode(padded, ids)
-        rewards, extras = trainer.grade(padded, texts, ids)
         n = len(inputs)
+        if self.thinking_only:
+            functions = len(trainer.reward_weights)
+            rewards, extras = (
+                torch.full((n, functions), torch.nan, device=trainer.accelerator.device),
+                [{} for _ in range(n)],
+            )
+        else:
+            rewards, extras = trainer.grade(padded, texts, ids)
         rows = [
             Row(prompt_ids[i], ids[i], [1] * len(ids[i]), logps[i] if logps is not None else None, parent=i)
             for i in range(n)
         ]
         progress = Progress(trainer.state.global_step, trainer.state.max_steps)
-        return Rollout(padded[:n], texts[:n], rewards[:n], rows, progress, size, trainer.args.seed, extras[:n])
+        return Rollout(
+            inputs=padded[:n],
+            texts=texts[:n],
+            rewards=rewards[:n],
+            rows=rows,
+            progress=progress,
+            group_size=size,
+            seed=trainer.args.seed,
+            graded=not self.thinking_only,
+            thinking_only=self.thinking_only,
+            extras=extras[:n],
+        )
+
+    @property
+    def thinking_stops(self) -> tuple[int, ...]:
+        """What a thinking pass stops at besides the end of the sequence."""
+        ends_thinking = self.thinking_only and self.template.think_end_id is not None
+        return (self.template.think_end_id,) if ends_thinking else ()
+
+    def decode(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
+        """Completions as reward functions see them."""
+        return self._trainer.decode(inputs, [list(ids) for ids in completion_ids])
 
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of the sampler's own stream."""

@@ -28,7 +28,7 @@ def problems(n: int, *, world: World | None = None, seed: int = 0, split: Split 
         UserError: `n` is not positive, the split is unknown, or the world has too few problems.
     """
     if split not in ("train", "eval"):
-        raise UserError(f"data.{split}.split: there is no split {split!r}. Choose train or eval.")
+        raise UserError(f"data: there is no split {split!r}. Set data.train.split=train and data.eval.split=eval.")
     if n < 1:
         raise UserError(f"data.{split}.n: {n} problems are too few. Set it to 1 or more.")
     world = world or World()

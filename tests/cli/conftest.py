@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from rltoken import train
+from rltoken import cli as entry
+from rltoken import evaluate, train
 
 TINY = {
     "model=": ["model.source.steps=2"],
@@ -17,6 +18,7 @@ TINY = {
         "trainer.per_device_train_batch_size=8",
         "trainer.num_generations=4",
         "trainer.max_completion_length=24",
+        "rollout.max_thinking_tokens=16",
         "eval.samples=1",
     ],
 }
@@ -31,21 +33,25 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def cli(cache, tmp_path, monkeypatch, capfd):
-    """cli(*overrides) -> status, out, err, and the folder of runs."""
+    """cli(*overrides), cli.evaluate(*overrides) -> status, out, err, the folder of runs and the working directory."""
     monkeypatch.setenv("RLTOKEN_CACHE", str(cache))
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
 
-    def call(*overrides):
+    def run(program, name, arguments):
         capfd.readouterr()
         GlobalHydra.instance().clear()
-        train.STATUSES.clear()
-        chosen = [group for group in TINY if not group or not any(item.startswith(group) for item in overrides)]
-        arguments = ["rltoken.train", *(item for group in chosen for item in TINY[group]), *overrides]
-        monkeypatch.setattr(sys, "argv", arguments)
+        entry.STATUSES.clear()
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(SystemExit) as left:
-            train.main()
+            program.main()
         out, err = capfd.readouterr()
-        return SimpleNamespace(status=left.value.code, out=out, err=err, runs=tmp_path / "runs")
+        return SimpleNamespace(status=left.value.code, out=out, err=err, runs=tmp_path / "runs", cwd=tmp_path)
 
+    def call(*overrides, exp="+exp=grpo"):
+        chosen = [group for group in TINY if not group or not any(item.startswith(group) for item in overrides)]
+        method = [] if exp is None or any("exp=" in item for item in overrides) else [exp]
+        return run(train, "rltoken.train", [*method, *(item for group in chosen for item in TINY[group]), *overrides])
+
+    call.evaluate = lambda *overrides: run(evaluate, "rltoken.evaluate", overrides)
     return call

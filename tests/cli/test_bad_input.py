@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rltoken import config
+from rltoken import config, runs
+from rltoken.errors import UserError
 
 PROBLEMS = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "id": str(i)} for i in range(8)]
 STAGES = '''
@@ -28,6 +30,9 @@ def cannot_be_had(logps):
 
 def raises(mask):
     raise RuntimeError("disk on fire")
+
+def forgets(mask):
+    pass
 '''
 
 
@@ -74,6 +79,25 @@ REFUSED = {
     "mistyped added key": (lambda d: ["+modle.path=x"], r"modle: .*did you mean 'model'"),
     "mistyped group": (lambda d: ["+weigth=forks"], r"weigth: .*did you mean 'weight'"),
     "mistyped key beside a plus": (lambda d: ["+eval.smaples=3"], r"eval\.smaples: .*did you mean 'samples'"),
+    "mistyped name of a stage": (
+        lambda d: ["+weight=forks", "method.weights.fork.rho=0.1"],
+        r"method\.weights\.fork\.rho: .*did you mean 'method\.weights\.forks\.rho'",
+    ),
+    "mistyped key of the model": (lambda d: ["+model.dtpye=float32"], r"model\.dtpye: .*did you mean 'dtype'"),
+    "mistyped key of the template": (lambda d: ["+model.forced.haeder=x"], r"model\.forced\.haeder: .*'header'"),
+    "mistyped key of the data": (lambda d: ["+data.max_promt_tokens=9"], r"data\.max_promt_tokens: .*'max_prompt_tok"),
+    "choice made twice": (lambda d: ["+rows=forced_answer"] * 2, r"rows: .*chosen twice; .*'\+rows=\[a,b\]'"),
+    "sweep of a key": (lambda d: ["seed=0,1"], r"seed: 0,1 .*add --multirun .*seed=\[0,1\]"),
+    "sweep of a group": (
+        lambda d: ["+exp=grpo,forced_answer"], r"exp: .*add --multirun .*\+exp=\[grpo,forced_answer\]",
+    ),
+    "sweep of a range": (lambda d: ["seed=range(3)"], r"seed: range\(3\) .*add --multirun for a run of each\."),
+    "one name for a sweep": (
+        lambda d: ["name=mine", "seed=0,1", "--multirun"], r"name: 2 jobs .*runs/mine; leave name out.*'x-\$\{seed\}'",
+    ),
+    "one name for some jobs of a sweep": (
+        lambda d: ["name=mine-${seed}", "seed=0,1", "trainer.beta=0,0.1,1", "--multirun"], r"name: 3 jobs .*/mine-0; ",
+    ),
     "forgotten plus": (lambda d: ["exp=grpo"], r"exp: .*takes a '\+': \+exp="),
     "superfluous plus": (lambda d: ["+model=hf"], r"model: .*write model=hf without a '\+'"),
     "dashes": (lambda d: ["--exp=grpo"], r"--exp=grpo: .*without dashes: \+exp=grpo"),
@@ -128,6 +152,19 @@ REFUSED = {
     ),
     "negative weight": (lambda d: stage("weights", "negative"), r"method\.weights\.mine: a weight is negative.*return"),
     "negative live weight": (lambda d: stage("weights", "negative_live"), r"method\.weights\.mine: .*is negative"),
+    "stage that returns nothing": (
+        lambda d: stage("weights", "forgets"), r"method\.weights\.mine: the stage returned None, .*return one value",
+    ),
+    "setting out of its range": (
+        lambda d: ["+weight=forks", "method.weights.forks.rho=3"],
+        r"method\.weights\.forks\.rho: 3 is not possible; set it to a number above 0 and up to 1\.",
+    ),
+    "unknown attention": (
+        lambda d: ["model.attn_implementation=magic"], r"model\.attn_implementation: 'magic' .*sdpa or eager",
+    ),
+    "unknown split of the tiny world": (
+        lambda d: ["data.train.split=foo"], r"data: there is no split 'foo'\. Set data\.train\.split=train",
+    ),
     "unknown signal": (
         lambda d: stage("weights", "unknown_signal"), r"method\.weights\.mine: .*'entropi' .*did you mean 'entropy'",
     ),
@@ -186,10 +223,82 @@ def test_another_configuration_is_not_resumed(cli):
     assert other.status == 2 and "error: " in other.err and "trainer.beta=0.0, not 0.5" in other.err
 
 
-def test_a_try_that_never_began_does_not_stand_in_the_way(cli, tmp_path):
-    wrong = cli("name=mine", "model=hf", f"model.path={tmp_path}/nowhere")
-    assert wrong.status == 2 and (wrong.runs / "mine/traceback.txt").exists()
-    assert cli("name=mine", "eval.before=false", "eval.after=false").status == 0
+def test_a_finished_run_is_not_taken_for_one_of_other_settings(cli):
+    quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
+    assert cli(*quick).status == 0
+    other = cli(*quick, "trainer.beta=0.5")
+    assert other.status == 2 and re.match(r"error: trainer\.beta: .*trainer\.beta=0\.0, not 0\.5", other.err)
+    assert "is finished" not in other.out and "is finished" in cli(*quick).out
+
+
+def test_a_method_is_asked_for(cli):
+    found = cli(exp=None)
+    assert found.status == 2 and not found.runs.exists()
+    assert found.err.startswith("error: method: nothing chosen; add +exp=grpo (plain GRPO) or another; --help")
+    assert cli("+weight=forks", "eval.before=false", "eval.after=false", exp=None).status == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model=hf", "model.path=./nowhere"), ("data=jsonl", "data.path=none.jsonl"), ("data.train.n=0",)],
+    ids=["model", "file", "number"],
+)
+def test_what_cannot_be_loaded_leaves_no_run_directory(cli, overrides):
+    found = cli("name=mine", *overrides)
+    assert found.status == 2 and not (found.runs / "mine").exists()
+
+
+def test_a_try_that_failed_before_its_first_step_does_not_stand_in_the_way(cli, tmp_path, monkeypatch):
+    (tmp_path / "my_stages.py").write_text(STAGES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    wrong = cli("name=mine", *stage("weights", "raises"))
+    folder = wrong.runs / "mine"
+    assert wrong.status == 2 and "disk on fire" in (folder / "traceback.txt").read_text()
+    assert (folder / "evaluation_before.parquet").exists()
+    right = cli("name=mine", "eval.before=false", "eval.after=false")
+    assert right.status == 0, right.err
+    assert not (folder / "traceback.txt").exists() and not (folder / "evaluation_before.parquet").exists()
+
+
+@pytest.mark.parametrize("kept", ["checkpoint-1", "metrics.jsonl", "final", "report.json"])
+def test_a_failed_run_that_trained_is_kept(tmp_path, kept):
+    cfg = OmegaConf.create({"resume": None})
+    runs.open_run(tmp_path, cfg, ["train"])
+    (tmp_path / "traceback.txt").touch()
+    (tmp_path / kept).mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        runs.open_run(tmp_path, cfg, ["train"])
+    runs.discard(tmp_path)
+    assert (tmp_path / kept).exists() and (tmp_path / "config.yaml").exists()
+
+
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    for name in ("completions", "traceback.txt"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        runs.open_run(tmp_path, OmegaConf.create({"resume": None}), ["train"])
+
+
+SETTINGS_OUT_OF_RANGE = {
+    "+weight=forks_microbatch": ["weights.forks_microbatch.rho=0"],
+    "+shape=length_regularised": ["shapes.length_regularised.weight=1", "shapes.length_regularised.longest=0"],
+    "+rows=forced_answer": ["rows.forced_answer.shortest=-1", "rows.forced_answer.max_new_tokens=0.5"],
+    "+rows=dynamic_sampling": ["rows.dynamic_sampling.max_rounds=0"],
+    "+bounds=clip_range": ["bounds.clip_range.low=-0.2", "bounds.clip_range.high=null"],
+    "+credit=entropy_advantage": ["credits.entropy_advantage.kappa=1", "credits.entropy_advantage.alpha=-1"],
+    "+aux=entropy_bonus": ["aux.entropy_bonus.coef=high"],
+    "+control=length_schedule": ["controls.length_schedule.over=2", "controls.length_schedule.start=0"],
+    "+prompt=budget": ["prompts.budget.budgets=[]", "prompts.budget.budgets=[0,8]", "prompts.budget.template=think"],
+}
+
+
+@pytest.mark.parametrize("group", SETTINGS_OUT_OF_RANGE)
+def test_settings_of_shipped_stages_are_checked_before_anything_loads(cli, group):
+    for setting in SETTINGS_OUT_OF_RANGE[group]:
+        found = cli(group, f"method.{setting}")
+        key = setting.partition("=")[0]
+        assert found.status == 2 and found.err.startswith(f"error: method.{key}: "), found.err
+        assert not found.runs.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -204,8 +313,8 @@ def test_hardware_that_is_not_there_is_refused(cli, override, message):
 
 def test_what_is_not_installed_is_refused_before_a_model_loads(cli, monkeypatch):
     monkeypatch.setattr(config, "_installed", lambda module: False)
-    monkeypatch.setattr(config, "is_liger_kernel_available", lambda: False)
-    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
     for key, value in (("use_vllm", "true"), ("use_liger_kernel", "true"), ("report_to", "wandb")):
         found = cli(f"trainer.{key}={value}")
         assert found.status == 2 and re.match(rf"error: trainer\.{key}: .*not installed; run: pip install", found.err)

@@ -3,6 +3,9 @@
 import io
 import json
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +21,12 @@ from trl import GRPOConfig
 from rltoken import runs, train
 from rltoken.callbacks import MetricsFile, ProgressLine
 from rltoken.config import trainer_schema
-from rltoken.evals.generate import evaluate
+from rltoken.evals.generate import Settings, evaluate
 from rltoken.evals.metrics import clustered, mean_interval, paired_interval, summary
+from rltoken.rollout.forced import encode_template
 from rltoken.tiny import World, problems, warm_start
 from rltoken.tiny.reward import accuracy
+from rltoken.types import Template
 
 
 def test_a_run_directory_holds_what_a_reader_needs(cli):
@@ -31,6 +36,8 @@ def test_a_run_directory_holds_what_a_reader_needs(cli):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["method"]["weights"]["forks"]["rho"] == 0.2 and config["trainer"]["loss_type"] == "dr_grpo"
     assert "-m rltoken.train" in (folder / "command.txt").read_text()
+    card = (folder / "README.md").read_text()
+    assert "None" not in card and str(folder / "final") in card.replace("runs/mine", str(folder))
     versions = json.loads((folder / "versions.json").read_text())
     assert {"python", "torch", "trl", "transformers", "rltoken"} <= versions.keys()
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -102,10 +109,25 @@ def test_help_and_printed_configuration(cli):
     assert shown.status == 0
     for word in ("+exp=grpo", "scale", "weight", "--multirun", "forking_tokens", "resume=auto"):
         assert word in shown.out
+    choices = shown.out.partition("Choices of every group:")[2]
+    assert "data: deepscaler" in choices and " _base" not in choices and "schema" not in choices
     printed = cli("+exp=grpo", "--cfg", "job", "--resolve")
     config = yaml.safe_load(printed.out)
     assert printed.status == 0 and config["data"]["train"]["world"]["noise"] == config["world"]["noise"]
     assert not printed.runs.exists()
+
+
+def test_help_needs_no_torch():
+    found = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    assert "scale: paper, small, tiny" in found.stdout
+
+
+HELP = """
+import sys
+from rltoken import cli
+print(cli.help_text("config"))
+assert "torch" not in sys.modules
+"""
 
 
 def test_a_scale_never_beats_the_command_line(cli):
@@ -141,13 +163,16 @@ def test_evaluation_is_reproducible_and_leaves_random_states_alone(cache, monkey
     folder = warm_start(world=World(), steps=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model.train()
-    settings = {
-        "samples": 2, "temperature": 1.0, "max_new_tokens": 12, "batch_size": 5, "think_end_id": None,
-    }  # fmt: skip
+    template = encode_template(tokenizer, think_end="</think>")
+    settings = Settings(
+        samples=2, temperature=1.0, max_new_tokens=12, batch_size=5, seed=1, budgets=(2, 6), max_answer_tokens=3
+    )
     torch.manual_seed(0)
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
     dataset = problems(4, split="eval")
-    one, two, other = (evaluate(model, tokenizer, dataset, accuracy, seed=seed, **settings) for seed in (1, 1, 2))
+    one, two, other = (
+        evaluate(model, tokenizer, dataset, accuracy, template, replace(settings, seed=seed)) for seed in (1, 1, 2)
+    )
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2]) and model.training
     pd.testing.assert_frame_equal(one, two)
@@ -164,10 +189,8 @@ def test_greedy_evaluation_does_not_depend_on_batches_or_the_tokenizers_padding_
     texts = []
     for side, batch_size in (("left", 1), ("right", 6)):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
-        table = evaluate(
-            model, tokenizer, dataset, accuracy, samples=1, temperature=0.0, max_new_tokens=16, batch_size=batch_size,
-            seed=0, think_end_id=None,
-        )  # fmt: skip
+        settings = Settings(samples=1, temperature=0.0, max_new_tokens=16, batch_size=batch_size, seed=0)
+        table = evaluate(model, tokenizer, dataset, accuracy, Template(None, ()), settings)
         texts.append(table["text"].tolist())
     assert texts[0] == texts[1]
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
-from rltoken.data import check_prompt_lengths, load
+from rltoken.data import check_prompt_lengths, load, warn_shared
 from rltoken.errors import UserError
 
 GSM8K = [
@@ -96,16 +96,31 @@ def test_a_problem_that_is_a_conversation_is_taken_as_it_is(tmp_path):
 
 def test_what_is_dropped_is_counted_and_said_in_one_line(tmp_path, caplog):
     rows = [*problems(40), problems(1)[0], {"id": "e", "problem": " ", "answer": "1"}]
-    rows += [{"id": "u", "problem": "?", "answer": "???"}, {"id": "n", "problem": "?", "answer": ""}]
+    rows += [{"id": "u", "problem": "?", "answer": "???"}, {"id": "n", "problem": "?", "answer": None}]
     with caplog.at_level(logging.INFO, logger="rltoken.data"):
         data = load(path=write(tmp_path / "p.jsonl", rows))
     assert len(data) == 40
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message.endswith(
-        "40 problems from 44 of 44 rows; dropped 4 (1 with repeated id, 1 with empty problem, "
-        "1 with unreadable gold answer, 1 with empty gold answer, first unreadable: u: '???')."
+        "40 problems from 44 of 44 rows; dropped 4: 1 with repeated id (the first is p0), 1 with empty problem (the "
+        "first is e: ''), 1 with unreadable gold answer (the first is u: '???'), 1 with empty gold answer (the first "
+        "is n: null)."
     )
+
+
+def test_problems_that_are_trained_and_evaluated_are_told(tmp_path, caplog):
+    train = load(path=write(tmp_path / "train.jsonl", problems(5)))
+    known = [{"problem": " 3  + 1?", "answer": "4"}, {"problem": "4 + 1?", "answer": "5"}]
+    mixed = load(path=write(tmp_path / "test.jsonl", [{"problem": "9 + 1?", "answer": "10"}, *known]))
+    warn_shared(train, mixed)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(
+        "data.eval_path: 2 of 3 evaluated problems are trained on too, for example '3 + 1?"
+    )
+    warn_shared(train, load(path=write(tmp_path / "new.jsonl", [{"problem": "9 + 1?", "answer": "10"}])))
+    assert len(caplog.records) == 1
 
 
 def test_columns_that_trl_hands_to_rewards_itself_are_left_out_and_said(tmp_path, caplog):

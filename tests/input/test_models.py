@@ -97,7 +97,10 @@ def test_the_end_of_thinking_must_be_one_token(tmp_path):
 def test_dtypes_and_models_that_cannot_be_loaded(tmp_path, folder):
     assert refused(load_model, folder, dtype="int8").startswith("model.dtype: there is no 'int8'. Set model.dtype to")
     assert refused(load_model, str(tmp_path / "none")).startswith("model.path: the model")
-    assert "attn_implementation" in refused(load_model, folder, attn_implementation="magic")
+    told = refused(load_model, folder, attn_implementation="magic")
+    assert told.startswith("model.attn_implementation: 'magic' cannot be had")
+    told = refused(load_model, str(tmp_path / "none"), attn_implementation="eager")
+    assert told.startswith("model.path: the model")
 
 
 def test_lora_settings():

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from rltoken import config
 from rltoken.pipeline import SLOTS
 from rltoken.train import checked
-from rltoken.types import LIVE, SAMPLED, SCORED
+from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
@@ -35,7 +35,7 @@ def table(document, heading):
 def signals_of_the_code():
     """Name -> (shape, when) of every signal: what stands before the colon of its description, and its list."""
     found = {}
-    for when, names in (("sampled", SAMPLED), ("scored", SCORED), ("live", LIVE)):
+    for when, names in (("sampled", SAMPLED), ("scored", SCORED), ("published", PUBLISHED), ("live", LIVE)):
         found |= {name: (text.partition(":")[0], when) for name, text in names.items()}
     for slot, names in SLOTS.items():
         found |= {name: (re.split(r"[ :]", text)[0], slot) for name, text in names.items() if name not in found}

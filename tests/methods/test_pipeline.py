@@ -1,13 +1,21 @@
 """Signatures as declarations: what is read from them, and what is refused."""
 
 import functools
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
 from trl import GRPOConfig
 
 from rltoken.errors import UserError
 from rltoken.pipeline import SLOTS, Stage, act, build
+from rltoken.ranges import Count, Range, Share
 from rltoken.types import LIVE, SAMPLED, SCORED
 
 
@@ -31,27 +39,69 @@ def test_partial_settings_are_no_signals():
     assert stage.run({"mask": torch.ones(1, 2)}).tolist() == [[0.5, 0.5]]
 
 
-def test_objects_keep_state():
-    class Counter:
-        def __init__(self):
-            self.calls = 0
+class RunningBaseline:
+    """Advantages above a running mean of the rewards, where a group is too small for a mean of its own."""
 
-        def __call__(self, rewards):
-            self.calls += 1
-            return rewards
+    def __init__(self, decay: float = 0.9):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.decay, self.mean = decay, 0.0
 
-        def state_dict(self):
-            return {"calls": self.calls}
+    def __call__(self, rewards: Tensor) -> Tensor:
+        advantages = rewards - self.mean
+        self.mean = self.decay * self.mean + (1 - self.decay) * float(rewards.nan_to_num(self.mean).mean())
+        return advantages
 
-        def load_state_dict(self, state):
-            self.calls = state["calls"]
+    def state_dict(self) -> dict[str, float]:
+        return {"mean": self.mean}
 
-    pipeline, other = build({"shapes": {"c": Counter()}}), build({"shapes": {"c": Counter()}})
-    pipeline["shapes"][0].run({"rewards": torch.ones(1)})
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.mean = state["mean"]
+
+
+RUNNING_BASELINE = """
+# @package method.credits.running_baseline
+# Advantages above a running mean of the rewards
+_target_: my_stages.RunningBaseline
+decay: 0.9  # share of the mean that one window leaves as it was
+"""
+
+
+def baseline_pipeline(monkeypatch, **settings):
+    monkeypatch.setitem(sys.modules, "my_stages", SimpleNamespace(RunningBaseline=RunningBaseline))
+    return build({"credits": {"c": instantiate(OmegaConf.create(RUNNING_BASELINE), **settings)}})
+
+
+def test_objects_keep_state(monkeypatch):
+    pipeline, other = baseline_pipeline(monkeypatch), baseline_pipeline(monkeypatch)
+    assert pipeline["credits"][0].run({"rewards": torch.tensor([1.0, 3.0])}).tolist() == [1.0, 3.0]
     other.load_state_dict(pipeline.state_dict())
-    assert other["shapes"][0].call.calls == 1
-    with pytest.raises(UserError, match=r"method\.shapes\.c"):
+    # 0.9 * 0 + 0.1 * 2 = 0.2
+    assert other["credits"][0].run({"rewards": torch.ones(1)}).tolist() == pytest.approx([0.8])
+    with pytest.raises(UserError, match=r"method\.credits\.c"):
         build({}).load_state_dict(pipeline.state_dict())
+
+
+def test_a_class_needs_no_partial(monkeypatch):
+    with pytest.raises(UserError, match=r"method\.credits\.c: a class needs no _partial_; remove it"):
+        baseline_pipeline(monkeypatch, _partial_=True)
+
+
+class SavesOnly:
+    def __call__(self, rewards):
+        return rewards
+
+    def state_dict(self):
+        return {}
+
+
+class LoadsOnly(RunningBaseline):
+    state_dict = property()
+
+
+class SettingsOfCall:
+    def __call__(self, mask, *, rho=0.2):
+        return mask
 
 
 def keyword_without_value(mask, *, rho):
@@ -59,6 +109,23 @@ def keyword_without_value(mask, *, rho):
 
 
 def swallows(mask, **settings):
+    return mask
+
+
+def unequal(value):
+    if value[0] == value[1]:
+        raise ValueError(f"{value} are equal.")
+
+
+def ranged(
+    mask,
+    *,
+    share: Share = 0.5,
+    count: Count = 1,
+    factor: Annotated[float, Range(least=0, below=1)] = 0.0,
+    mode: Literal["mean", "sum"] = "mean",
+    pair: Annotated[Sequence[float], unequal] = (0.0, 1.0),
+):
     return mask
 
 
@@ -80,6 +147,10 @@ REFUSED = {
         r"method\.weights\.mine\.rho: .*set method\.weights\.mine\.rho=",
     ),
     "kwargs": ("weights", swallows, r"takes \*settings"),
+    "state that is only saved": ("shapes", SavesOnly(), r"method\.shapes\.mine: .*without load_state_dict; define it"),
+    "state that is only loaded": ("shapes", LoadsOnly(), r"method\.shapes\.mine: .*without state_dict; define it"),
+    "settings of a call": ("weights", SettingsOfCall(), r"method\.weights\.mine\.rho: .*move it to .*__init__"),
+    "class": ("shapes", RunningBaseline, r"method\.shapes\.mine: a class needs no _partial_"),
     "no callable": ("weights", 3, r"method\.weights\.mine: 3 is no stage"),
     "row numbers in a shuffled micro-batch": (
         "weights",
@@ -94,6 +165,24 @@ REFUSED = {
     ),
     "aux without gradient": ("aux", lambda old_entropy: old_entropy, r"without a live signal has no gradient"),
 }
+
+
+OUT_OF_RANGE = {
+    "share": ([0, 1.5, "high", None, True, float("nan")], r"is not possible; set it to a number above 0 and up to 1\."),
+    "count": ([0, 1.5, True], r"is not possible; set it to a whole number from 1\."),
+    "factor": ([-0.1, 1], r"is not possible; set it to a number from 0 and below 1\."),
+    "mode": (["men", 3], r"there is no .*; choose one of: mean, sum\."),
+    "pair": ([[1, 1], 3], r"(are equal|not subscriptable)\."),
+}
+
+
+@pytest.mark.parametrize("setting", OUT_OF_RANGE)
+def test_settings_out_of_range_are_refused(setting):
+    values, message = OUT_OF_RANGE[setting]
+    for value in values:
+        with pytest.raises(UserError, match=rf"method\.weights\.mine\.{setting}: .*{message}"):
+            build({"weights": {"mine": functools.partial(ranged, **{setting: value})}})
+    build({"weights": {"mine": functools.partial(ranged, share=1, count=3, factor=0.99, mode="sum", pair=[1, 2])}})
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -199,6 +288,13 @@ def test_results_of_another_shape_are_refused(value):
     stage = Stage("method.weights.mine", lambda mask: value, ("mask",))
     with pytest.raises(UserError, match=r"method\.weights\.mine: the stage returned"):
         act(stage, {"mask": torch.ones(3, 2)}, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("value", [None, "high", [[1.0], [1.0, 2.0]], {"loss": 1.0}])
+def test_results_that_are_no_numbers_are_refused(value):
+    stage = Stage("method.weights.mine", lambda mask: value, ("mask",))
+    with pytest.raises(UserError, match=r"method\.weights\.mine: the stage returned .*no number and no tensor"):
+        act(stage, {"mask": torch.ones(2, 2)}, torch.ones(2, 2))
 
 
 def test_every_signal_is_described():

@@ -42,7 +42,7 @@ def test_more_problems_begin_with_the_same_ones():
     ("arguments", "message"),
     [
         ({"n": 0}, r"data\.train\.n: 0 problems"),
-        ({"n": 1, "split": "test"}, r"data\.test\.split: .* Choose train or eval"),
+        ({"n": 1, "split": "test"}, r"data: there is no split 'test'\. Set data\.train\.split=train"),
         ({"n": 900, "world": World(min_operations=1, max_operations=1)}, r"data\.train\.n: .*too few"),
     ],
 )

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from rltoken.pipeline import build
+from rltoken.rollout.forced import encode_template
 from rltoken.tiny.data import problems
 from rltoken.tiny.model import build_model
 from rltoken.tiny.tokenizer import build_tokenizer
@@ -80,7 +81,7 @@ def run(tiny, tmp_path):
     def train(stages=None, *, lora=False, reward=token_parity, resume=None, **changes):
         options = {name: changes.pop(name) for name in ("pack_tokens", "normaliser") if name in changes}
         if stages is not None:
-            options |= {"pipeline": build(stages), "think_end_id": tokenizer.convert_tokens_to_ids("</think>")}
+            options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)
         eval_dataset = changes.pop("eval_dataset", None)
         output_dir = changes.pop("output_dir", tmp_path / f"run{next(count)}")

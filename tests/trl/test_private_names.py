@@ -134,6 +134,6 @@ def test_the_subclass_hides_no_new_name():
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "compute_loss",
-        "evaluate",
+        "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams

@@ -38,7 +38,12 @@ def distance(one, two):
 
 @pytest.mark.parametrize(
     ("method", "loss_type", "pack_tokens"),
-    [("tokens", "dapo", 0), ("rows", "grpo", 60), pytest.param("rows", "dapo", 0, marks=pytest.mark.slow)],
+    [
+        ("tokens", "dapo", 0),
+        ("rows", "grpo", 60),
+        ("brpo", "dr_grpo", 60),
+        pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_equal_one(tiny, tmp_path, method, loss_type, pack_tokens):
     one = train(1, tiny, tmp_path, method, loss_type)

@@ -112,7 +112,7 @@ def test_summaries_are_forced_trained_and_graded(run):
     names = ["kind", "parent", "mask", "ids", "rewards", "group", "texts"]
     stage = functools.partial(spy(seen, names, "rewards"), kinds=("thinking", "summary"))
     result = run({"rows": {"force": functools.partial(forced_answer, max_new_tokens=3)}, "credits": {"s": stage}})
-    end = result.trainer.think_end_id
+    end = result.trainer.template.think_end_id
     signals = seen[0]
     assert signals["kind"] == ["thinking"] * 8 + ["summary"] * 8
     assert signals["parent"].tolist() == [*range(8), *range(8)]

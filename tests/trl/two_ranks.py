@@ -10,6 +10,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
+from rltoken.methods.brpo import brpo, budget_answers, thinking_only
 from rltoken.methods.budget_prompt import budget_prompt
 from rltoken.methods.dynamic_sampling import dynamic_sampling
 from rltoken.methods.entropy_advantage import entropy_advantage
@@ -20,6 +21,7 @@ from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
+from rltoken.types import Template
 
 
 def whole_batch_rank(rewards):
@@ -32,6 +34,7 @@ def bonus_of_summaries(entropy):
     return -0.01 * entropy, {"summary_entropy": entropy.mean().item()}
 
 
+BUDGETS = {"budgets": [2, 4, 7], "longest": 8, "drawn": True}
 METHODS = {
     "grpo": {},
     "tokens": {
@@ -51,6 +54,11 @@ METHODS = {
         "weights": {"forks": functools.partial(forks, rho=0.5, kinds=("thinking", "summary"))},
         "aux": {"told": functools.partial(bonus_of_summaries, kinds=("summary",))},
     },
+    "brpo": {
+        "controls": {"brpo": functools.partial(thinking_only, budgets=[2, 4, 7], longest=8)},
+        "rows": {"brpo": functools.partial(budget_answers, **BUDGETS, n_summaries=2, max_new_tokens=3)},
+        "credits": {"brpo": functools.partial(brpo, prior="linear")},
+    },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
 
@@ -58,15 +66,20 @@ METHODS = {
 class Replayed(TokenGRPOTrainer):
     """Completions that depend on the context and on how often it was seen in the same call, not on the rank."""
 
-    def sample(self, prompt_ids, *, num_generations=1, max_new_tokens=None):
+    def sample(self, prompt_ids, *, num_generations=1, max_new_tokens=None, stops=()):
         seen, completions = Counter(), []
         for ids in prompt_ids:
             key = tuple(ids)
             digest = hashlib.sha256(repr((key, seen[key])).encode()).digest()
             seen[key] += 1
             length = 1 + digest[0] % (max_new_tokens or 8)
-            completions.append([4 + byte % 30 for byte in digest[1 : 1 + length]])
+            completion = [4 + byte % 30 for byte in digest[1 : 1 + length]]
+            stop = next((i for i, token in enumerate(completion) if token in stops), length - 1)
+            completions.append(completion[: stop + 1])
         return completions, None
+
+    def extend(self, contexts, *, max_new_tokens=None, stops=(), batch_rows=None):
+        return self.sample(contexts, max_new_tokens=max_new_tokens, stops=stops)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self._replay is not None:
@@ -105,7 +118,7 @@ def main(model, data, out, method, loss_type, rows, pack_tokens):
         train_dataset=load_from_disk(data),
         processing_class=AutoTokenizer.from_pretrained(model),
         pipeline=build(METHODS[method]),
-        think_end_id=7,
+        template=Template(think_end_id=7, cut=(7,)),
         pack_tokens=int(pack_tokens) or None,
     )
     trainer.train()

@@ -1,0 +1,192 @@
+"""Evaluate runs or models under thinking budgets: `python -m rltoken.evaluate 'runs=[runs/a,runs/b]'`.
+
+compose -> check -> per model: generate once, cut the thinking at each budget, force an answer, grade -> metrics.json,
+one table of completions per model, one picture with all curves. Runs bring their own model, data and reward; what the
+command line says goes before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from rltoken import cli, config, runs
+from rltoken.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+OF_A_RUN = ("world", "model", "data", "reward", "rollout", "eval")
+"""Sections that a run brings with it."""
+TOP_LEVEL = (*OF_A_RUN, "trainer", "runs", "models", "out")
+OF_A_GROUP = {
+    "world": ("world",),
+    "model": ("model",),
+    "data": ("data",),
+    "reward": ("reward",),
+    "rollout": ("rollout",),
+    "eval": ("eval",),
+    "scale": ("data", "reward", "rollout", "eval"),
+    "hardware": (),
+}
+"""Groups that may be chosen on the command line -> the sections that then come from there."""
+SAME = ("data.eval", "reward", "eval", "rollout.max_thinking_tokens")
+"""What all models of one comparison must share."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate: its name in tables, its folder or hub id (None: the configured source), its settings."""
+
+    name: str
+    path: str | None
+    cfg: DictConfig
+
+
+def main() -> None:
+    """The entry point."""
+    cli.main(_job, "evaluate", TOP_LEVEL, "interrupted; nothing was written for the model under way")
+
+
+@hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="evaluate", version_base="1.3")
+def _job(cfg: DictConfig) -> None:
+    cli.attempt(lambda: run(cfg, HydraConfig.get().overrides.task))
+
+
+def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Evaluate every model that is named, and write and show the comparison.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    if cfg.models and OmegaConf.is_missing(cfg.model, "path"):
+        cfg.model.path = cfg.models[0]
+    from accelerate import PartialState
+
+    config.check_keys(cfg, TOP_LEVEL)
+    found = subjects(cfg, overrides)
+    for subject in found:
+        config.check_values(subject.cfg)
+    refuse_differences(found)
+    folder = Path(cfg.out or f"evaluations/{'-vs-'.join(subject.name for subject in found)[:80]}")
+    if (folder / "metrics.json").exists():
+        raise UserError(f"out: {folder} holds an evaluation already; choose another with out=..., or remove it.")
+    state = PartialState(cpu=cfg.trainer.use_cpu)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    summaries = {subject.name: evaluated(subject, folder, state) for subject in found}
+    if state.is_main_process:
+        finish(found, summaries, folder)
+
+
+def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
+    """The models that `runs` and `models` name, or the one that is configured, each with its settings.
+
+    Raises:
+        UserError: a run that is not there or not finished, or two of one name.
+    """
+    found = [run_subject(Path(path), cfg, overrides) for path in cfg.runs]
+    found += [Subject(str(path).rstrip("/").replace("/", "_").lstrip("._"), str(path), cfg) for path in cfg.models]
+    found = found or [Subject(str(HydraConfig.get().runtime.choices["model"]), None, cfg)]
+    names = [subject.name for subject in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"runs: there are two of the name {name}; name each once.")
+    return found
+
+
+def run_subject(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subject:
+    """The final model of a run with the run's own settings, but for what the command line says."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"runs: {folder} is no run directory: it has no config.yaml; for a model, set models=[{folder}]."
+        )
+    if not (folder / "final").is_dir():
+        raise UserError(
+            f"runs: {folder} has no final model, so it is not finished; go on with resume=auto, or evaluate a "
+            f"checkpoint by models=[{folder}/checkpoint-N]."
+        )
+    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    stored = OmegaConf.load(folder / "config.yaml")
+    chosen = [item.lstrip("+~").partition("=")[0] for item in overrides]
+    given = {section for key in chosen for section in OF_A_GROUP.get(key.partition("@")[0], ())}
+    for section in OF_A_RUN:
+        if section not in given and section in stored:
+            merged[section] = (
+                OmegaConf.merge(merged[section], stored[section]) if section == "eval" else stored[section]
+            )
+    for key in chosen:
+        if key.partition(".")[0] in OF_A_RUN and "." in key:
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+    return Subject(folder.name, str(folder / "final"), merged)
+
+
+def refuse_differences(found: Sequence[Subject]) -> None:
+    """Refuse to compare what was not measured alike.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    for key in SAME:
+        values = [runs.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
+        for subject, value in zip(found, values, strict=True):
+            for name in sorted(values[0].keys() | value.keys()):
+                if values[0].get(name) != value.get(name):
+                    raise UserError(
+                        f"{name}: {found[0].name} has {values[0].get(name)} and {subject.name} {value.get(name)}; set "
+                        "it for both on the command line, or evaluate them apart."
+                    )
+
+
+def plain(value: Any) -> Any:
+    """A node of a configuration as plain Python."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def evaluated(subject: Subject, folder: Path, state: PartialState) -> dict[str, Any]:
+    """Load one model, evaluate it, write NAME.parquet; its summary."""
+    from rltoken import parts
+    from rltoken.evals.generate import evaluate, settings_of
+    from rltoken.evals.metrics import summary
+
+    cfg = subject.cfg
+    with state.main_process_first():
+        path = subject.path or instantiate(cfg.model.source)
+        tokenizer = parts.tokenizer(cfg.model, path)
+        problems = parts.first(parts.problems(cfg.data, "eval", tokenizer), cfg.eval.limit)
+    table = evaluate(
+        parts.model(cfg.model, path).to(state.device),
+        tokenizer,
+        problems,
+        parts.correctness(parts.rewards(cfg.reward)[0]),
+        parts.template(cfg.model, tokenizer),
+        settings_of(cfg.eval, cfg.rollout.max_thinking_tokens),
+        label=subject.name,
+    )
+    if state.is_main_process:
+        table.to_parquet(folder / f"{subject.name}.parquet")
+    return summary(table)
+
+
+def finish(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write metrics.json and curves.png, print the table, and say where everything is."""
+    from rltoken import report
+
+    settings = {subject.name: {key: plain(OmegaConf.select(subject.cfg, key)) for key in SAME} for subject in found}
+    results = {"settings": settings, "versions": runs.versions(), "models": summaries}
+    report.curves(summaries, folder / "curves.png")
+    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    report.show_comparison(summaries)
+    print(f"metrics: {folder / 'metrics.json'}, picture: {folder / 'curves.png'}, completions: {folder}/*.parquet")
+
+
+if __name__ == "__main__":
+    main()

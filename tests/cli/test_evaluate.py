@@ -1,0 +1,95 @@
+"""`python -m rltoken.evaluate`: runs and models under budgets, what it writes, and what it refuses."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SHORT = ("eval.limit=3", "eval.samples=2", "eval.max_new_tokens=24", "eval.budgets=[4,8,200]")
+
+
+KEPT = {}
+
+
+@pytest.fixture
+def two_runs(cli, tmp_path_factory):
+    """Two finished runs of two steps, trained once for all tests."""
+    if not KEPT:
+        for exp in ("brpo", "grpo"):
+            found = cli(f"+exp={exp}", f"name={exp}")
+            assert found.status == 0, found.err
+        KEPT["runs"] = tmp_path_factory.mktemp("evaluate") / "runs"
+        shutil.copytree(found.runs, KEPT["runs"])
+    return KEPT["runs"]
+
+
+def test_runs_are_compared_on_their_own_data(cli, two_runs):
+    folders = f"runs=[{two_runs}/brpo,{two_runs}/grpo]"
+    found = cli.evaluate(folders, *SHORT, "out=both")
+    assert found.status == 0, found.err
+    results = json.loads((found.cwd / "both/metrics.json").read_text())
+    assert results["models"].keys() == {"brpo", "grpo"} and (found.cwd / "both/curves.png").stat().st_size > 5000
+    numbers = results["models"]["brpo"]
+    assert numbers["budgets"] == [4, 8, 200] and (numbers["problems"], numbers["samples"]) == (3, 6)
+    assert numbers["anytime_accuracy"] == pytest.approx(sum(numbers["budget_accuracy"]) / 3)
+    assert numbers["final_accuracy"] == numbers["budget_accuracy"][-1]
+    table = pd.read_parquet(found.cwd / "both/brpo.parquet")
+    assert len(table) == 6 and {"correct@4", "correct@8", "correct@200"} <= set(table.columns)
+    assert "4 problems" not in found.out and "brpo" in found.out and "grpo" in found.out
+    again = cli.evaluate(folders, *SHORT, "out=both")
+    assert again.status == 2 and "out: both holds an evaluation already" in again.err
+
+
+def test_the_evaluation_of_a_run_is_repeated_exactly(cli, two_runs):
+    report = json.loads((two_runs / "brpo/report.json").read_text())
+    found = cli.evaluate(f"runs=[{two_runs}/brpo]", "out=again")
+    assert found.status == 0, found.err
+    results = json.loads((found.cwd / "again/metrics.json").read_text())
+    assert results["models"]["brpo"] == report["after"]
+
+
+def test_models_and_the_configured_one(cli, two_runs, tmp_path):
+    shutil.copytree(two_runs / "grpo/final", tmp_path / "copy")
+    found = cli.evaluate("models=[copy]", *SHORT, "data.eval.n=4")
+    assert found.status == 0, found.err
+    assert (found.cwd / "evaluations/copy/copy.parquet").exists()
+    found = cli.evaluate(*SHORT, "model.source.steps=2", "data.eval.n=4")
+    assert found.status == 0 and (found.cwd / "evaluations/tiny/metrics.json").exists(), found.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("runs=[nowhere]",), "runs: nowhere is no run directory"),
+        (("runs=[{runs}/brpo,{runs}/brpo]",), "runs: there are two of the name brpo"),
+        (("runs=[{runs}/brpo]", "eval.budgets=[8,4]"), "eval.budgets: "),
+        (("runs=[{runs}/brpo]", "eval.budget=[8]"), "did you mean 'eval.budgets'"),
+        (("run=[{runs}/brpo]",), "run: there is no such key"),
+        (("--runs=[{runs}/brpo]",), "overrides are written without dashes"),
+    ],
+)
+def test_mistakes_end_in_one_line(cli, two_runs, arguments, message):
+    found = cli.evaluate(*(argument.format(runs=two_runs) for argument in arguments))
+    assert found.status == 2 and message in found.err and "Traceback" not in found.err, found.err
+    assert len(found.err.strip().splitlines()) == 1
+
+
+def test_an_unfinished_run_and_runs_on_different_data_are_refused(cli, two_runs):
+    other = cli("+exp=grpo", "name=other", "data.eval.n=3")
+    assert other.status == 0
+    found = cli.evaluate(f"runs=[{two_runs}/brpo,{other.runs}/other]")
+    assert found.status == 2 and "data.eval.n: brpo has 4 and other 3" in found.err
+    shutil.rmtree(other.runs / "other/final")
+    found = cli.evaluate(f"runs=[{other.runs}/other]")
+    assert found.status == 2 and "is not finished" in found.err
+
+
+def test_evaluation_never_touches_training(cli):
+    with_one = cli("+exp=brpo", "name=with")
+    without = cli("+exp=brpo", "name=without", "eval.before=false", "eval.after=false", "eval.budgets=null")
+    assert with_one.status == without.status == 0, with_one.err + without.err
+    one, other = (load_file(with_one.runs / name / "final/model.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

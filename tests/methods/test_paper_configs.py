@@ -1,0 +1,88 @@
+"""`exp/paper/*` and the recipes against tables transcribed from the papers and their code."""
+
+import copy
+import functools
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rltoken.config import check_keys, register_schemas
+from rltoken.train import checked
+
+BRPO = {  # arXiv 2505.13438v3 and sail-sg/AnytimeReasoner, the 1.5B run with 8000 tokens
+    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "model.forced.ellipsis": "...\n\n...\n\n",
+    "model.think_end": "</think>",
+    "model.forced.header": "\n\n**Final Answer**\n",
+    "data.hub": "agentica-org/DeepScaleR-Preview-Dataset",
+    "data.template": "{problem} Let's think step by step and output the final answer within \\boxed{}.",
+    "data.max_prompt_tokens": 1024,
+    "method.rows.brpo.budgets": [2000, 4000, 6000, 8000],
+    "method.controls.brpo.budgets": [2000, 4000, 6000, 8000],
+    "method.rows.brpo.n_summaries": 4,
+    "method.rows.brpo.max_new_tokens": 118,
+    "method.rows.brpo.decoupled": True,
+    "method.rows.brpo.summary_train_rows": "all",
+    "method.rows.brpo.summary_weight": "code",
+    "method.credits.brpo.mode": "brpo",
+    "method.credits.brpo.decay": 0.5,
+    "trainer.num_generations": 8,
+    "trainer.num_train_epochs": 1,
+    "trainer.learning_rate": 1e-6,
+    "trainer.lr_scheduler_type": "constant",
+    "trainer.max_grad_norm": 1.0,
+    "trainer.epsilon": 0.2,
+    "trainer.epsilon_high": None,
+    "trainer.beta": 0.0,
+    "trainer.entropy_coef": 0.0,
+    "trainer.temperature": 1.0,
+    "trainer.top_p": 1.0,
+    "trainer.loss_type": "dr_grpo",
+    "trainer.scale_rewards": "none",
+    "trainer.max_completion_length": 8000 + 4 * 4 * 128 + 128,
+    "eval.temperature": 0.6,
+    "eval.budgets": [2000, 4000, 6000, 8000],
+    "eval.samples": 32,
+}
+RECIPES = {  # A, decoupled, budgets, prior, baseline
+    "grpo": (1, False, 1, "base", "v2only"),
+    "grpo_linear": (1, False, 4, "linear", "v2only"),
+    "grpo_decouple": (4, True, 4, "base", "v2only"),
+    "grpo_vr": (1, False, 4, "base", "brpo"),
+    "ar_base": (4, True, 4, "base", "brpo"),
+    "ar_linear": (4, True, 4, "linear", "brpo"),
+    "ar_uniform": (4, True, 4, "uniform", "brpo"),
+}
+
+
+@functools.cache
+def composed(*overrides):
+    """The configuration of a command line; not to be changed."""
+    register_schemas()
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("key", BRPO)
+def test_paper_brpo(key):
+    value = OmegaConf.select(composed("+exp=paper/brpo"), key)
+    assert (OmegaConf.to_container(value) if OmegaConf.is_config(value) else value) == BRPO[key]
+
+
+def test_paper_brpo_samples_64_problems_and_updates_twice(tmp_path):
+    cfg = copy.deepcopy(composed("+exp=paper/brpo", "hardware=cpu"))
+    check_keys(cfg)
+    _, args, _ = checked(cfg, tmp_path)
+    assert args.per_device_train_batch_size * args.steps_per_generation == 64 * args.num_generations
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32 * args.num_generations
+    assert args.num_iterations == 1 and args.warmup_steps == 0 and args.max_steps == -1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe, tmp_path):
+    cfg = copy.deepcopy(composed(f"+exp=brpo/{recipe}"))
+    rows, credit = cfg.method.rows.brpo, cfg.method.credits.brpo
+    assert (rows.n_summaries, rows.decoupled, len(rows.budgets), credit.prior, credit.mode) == RECIPES[recipe]
+    check_keys(cfg)
+    checked(cfg, tmp_path)
