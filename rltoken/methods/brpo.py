@@ -24,7 +24,7 @@ Deviations:
 - The paper allows 128 answer tokens, its code 118. The answer is graded by the configured reward on the whole
   completion (the last box after the end of thinking); the authors take the first paragraph that begins with the header.
 - lambda is stated under a figure and hard-coded as 1/2 in the code: here `decay`.
-- The authors' ablation that trains nothing is left out, and so is their V2 = 0 for groups of one, which TRL never makes.
+- The authors' ablation that trains nothing is left out, and so is their V2 = 0 for groups of one: TRL makes none.
 """
 
 import random
