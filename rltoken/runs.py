@@ -38,7 +38,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "m
 
 def default_name(choices: Mapping[str, Any], seed: int, overrides: Sequence[str]) -> str:
     """A name that says what runs: exp, scale, seed and every other override. The same command gives the same name."""
-    others = [item for item in overrides if re.split(r"[=@]", item.lstrip("+~"), maxsplit=1)[0] not in UNNAMED]
+    others = [
+        item
+        for item in overrides
+        if re.split(r"[=@]", item.lstrip("+~"), maxsplit=1)[0] not in UNNAMED and not item.endswith("=${seed}")
+    ]
     parts = [str(choices.get("exp") or "run"), str(choices["scale"]), f"s{seed}", *others]
     name = re.sub(r"[^\w.=,+~-]+", "_", "-".join(parts))
     if len(name) <= LONGEST_NAME:

@@ -27,8 +27,9 @@ Deviations:
 - The authors' ablation that trains nothing is left out, and so is their V2 = 0 for groups of one: TRL makes none.
 """
 
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -113,48 +114,48 @@ def budget_answers(
     Raises:
         ValueError: budgets that are not ascending in tokens, or a template that forces nothing.
     """
-    points, n, per_trace = in_tokens(budgets, longest), len(rollout.inputs), len(budgets) * n_summaries
-    rollout = replace(
-        rollout, rows=[*(thinking_row(row, points[-1], sampler) for row in rollout.rows[:n]), *rollout.rows[n:]]
-    )
-    row_budgets = [drawn_budgets(points, rollout, row) if drawn else points for row in rollout.rows[:n]]
+    points, n = in_tokens(budgets, longest), len(rollout.inputs)
+    thinking = [thinking_row(row, points[-1], sampler) for row in rollout.rows[:n]]
+    rollout = replace(rollout, rows=thinking + rollout.rows[n:], graded=True, thinking_only=True)
+    row_budgets = [drawn_budgets(points, rollout, row) if drawn else points for row in thinking]
     traces = [
-        prefixes(row.completion_ids, budgets, sampler.template, sampler.ends)
-        for row, budgets in zip(rollout.rows, row_budgets, strict=False)
+        prefixes(row.completion_ids, own, sampler.template, sampler.ends)
+        for row, own in zip(thinking, row_budgets, strict=True)
     ]
     branches = [
         (i, prefix) for i, trace in enumerate(traces) for prefix, shared in trace for _ in range(shared * n_summaries)
     ]
     summaries, raw = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
-    scores = sampler.total(raw).view(n, len(points), n_summaries)
-    distinct = [[number for number, (_, shared) in enumerate(trace) for _ in range(shared)] for trace in traces]
-    siblings = torch.arange(n, device=scores.device) // rollout.group_size
-    advantages = summary_advantages(scores, torch.tensor(distinct, device=scores.device), siblings)
-    added = [
-        row
-        for i in range(n)
-        for row in trained(
-            summaries[i * per_trace : (i + 1) * per_trace],
-            scores[i].flatten().tolist(),
-            advantages[i].flatten().tolist(),
-            first=0 if decoupled else per_trace - n_summaries,
-            summary_train_rows=summary_train_rows,
-            summary_weight=summary_weight,
-            rng=seeded(rollout.seed, rollout.progress.step, rollout.rows[i].prompt_ids, i % rollout.group_size),
-        )
-    ]
-    finals = [row.completion_ids for row in summaries[per_trace - n_summaries :: per_trace]]
+    raw = raw.view(n, len(points), n_summaries, -1)
+    scores = sampler.total(raw.flatten(0, 2)).view(raw.shape[:3])
+    advantages = summary_advantages(scores, distinct_prefixes(traces, scores), siblings_of(rollout, scores))
+    choose = functools.partial(
+        trained,
+        first=0 if decoupled else (len(points) - 1) * n_summaries,
+        summary_train_rows=summary_train_rows,
+        summary_weight=summary_weight,
+    )
+    published = {"budgets": torch.tensor(row_budgets, device=scores.device), "budget_scores": scores.nanmean(2)}
+    finals = summaries[(len(points) - 1) * n_summaries :: len(points) * n_summaries]
     return replace(
         rollout,
-        rows=[*rollout.rows, *added],
-        rewards=final_rewards(raw.view(n, len(points), n_summaries, -1)[:, -1]),
-        graded=True,
-        thinking_only=True,
-        texts=sampler.decode(rollout.inputs, finals),
-        signals=rollout.signals
-        | {"budgets": torch.tensor(row_budgets, device=scores.device), "budget_scores": scores.nanmean(2)},
+        rows=rollout.rows + trained_rows(rollout, summaries, scores, advantages, choose),
+        rewards=final_rewards(raw[:, -1]),
+        texts=sampler.decode(rollout.inputs, [row.completion_ids for row in finals]),
+        signals=rollout.signals | published,
         metrics=rollout.metrics | metrics_of(scores, branches, summaries, sampler),
     )
+
+
+def distinct_prefixes(traces: Sequence[Sequence[tuple[Prefix, int]]], like: Tensor) -> Tensor:
+    """[N, K] number of the distinct prefix behind each budget of each trace."""
+    numbers = [[number for number, (_, shared) in enumerate(trace) for _ in range(shared)] for trace in traces]
+    return torch.tensor(numbers, device=like.device)
+
+
+def siblings_of(rollout: Rollout, like: Tensor) -> Tensor:
+    """[N] number of the group of each thinking row."""
+    return torch.arange(len(rollout.inputs), device=like.device) // rollout.group_size
 
 
 def final_rewards(raw: Tensor) -> Tensor:
@@ -248,6 +249,33 @@ def summary_advantages(scores: Tensor, prefix: Tensor, group: Tensor) -> Tensor:
         number = torch.arange(n, device=scores.device).unsqueeze(1) * k + prefix
         means = group_mean(scores.flatten(), number.flatten().repeat_interleave(a)).view_as(scores)
     return (scores - means).nan_to_num(0.0).to(given)
+
+
+def trained_rows(
+    rollout: Rollout,
+    summaries: Sequence[Row],
+    scores: Tensor,
+    advantages: Tensor,
+    choose: Callable[..., list[Row]],
+) -> list[Row]:
+    """The answers of every trace that are trained, each trace with a random stream of its prompt and sibling.
+
+    Args:
+        summaries: N * K * A answers, trace by trace.
+        scores, advantages: [N, K, A].
+        choose: `trained` with its settings.
+    """
+    per_trace = scores[0].numel()
+    return [
+        row
+        for i in range(len(scores))
+        for row in choose(
+            summaries[i * per_trace : (i + 1) * per_trace],
+            scores[i].flatten().tolist(),
+            advantages[i].flatten().tolist(),
+            rng=seeded(rollout.seed, rollout.progress.step, rollout.rows[i].prompt_ids, i % rollout.group_size),
+        )
+    ]
 
 
 def trained(

@@ -1,0 +1,61 @@
+"""`scripts/seeds.py`: runs grouped by what differs besides seeds, paired differences, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def run_folder(root, name, *, seed, exp, after):
+    """A finished run with an accuracy of `after` at both of two budgets."""
+    folder = root / name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"name: {name}\nseed: {seed}\nmodel: {{seed: {seed}}}\nmethod: {exp}\n")
+    phases = {
+        phase: {
+            "accuracy": value, "anytime_accuracy": value, "final_accuracy": value, "thinking_tokens": 10 * value,
+            "budgets": [4, 8], "budget_accuracy": [value / 2, value], "budget_accuracy_half_width": [0.1, 0.1],
+        }
+        for phase, value in (("before", 0.5), ("after", after))
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps({"name": name, **phases}))
+    return folder
+
+
+def seeds(*arguments):
+    """Run the script."""
+    command = [sys.executable, ROOT / "scripts/seeds.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two settings with two seeds each."""
+    values = {("a", 0): 0.7, ("a", 1): 0.9, ("b", 0): 0.6, ("b", 1): 0.7}
+    return [run_folder(tmp_path, f"{exp}-tiny-s{s}", seed=s, exp=exp, after=v) for (exp, s), v in values.items()]
+
+
+def test_settings_are_compared_over_their_seeds(folders, tmp_path):
+    unfinished = tmp_path / "a-tiny-s2"
+    unfinished.mkdir()
+    found = seeds(*folders, unfinished, "--picture", tmp_path / "curves.png")
+    assert found.returncode == 0, found.stderr
+    assert "a-tiny-s2: left out, it has no report.json" in found.stderr
+    # .7 and .9: mean .8, s = .141421, t(.975, 1) = 12.706: half width 1.271
+    assert "0.800 ± 1.271" in found.stdout and "+0.300 ± 1.271" in found.stdout
+    # paired a - b: .1 and .2, mean .15, s = .0707: half width .635
+    assert "a-tiny - b-tiny" in found.stdout and "+0.150 ± 0.635" in found.stdout
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
+    again = run_folder(tmp_path, "again", seed=0, exp="a", after=0.8)
+    found = seeds(*folders, again)
+    assert found.returncode == 1 and "there are two finished runs of a-tiny with seed 0" in found.stderr
+    assert seeds(tmp_path).returncode == 1
