@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from rltoken.methods.brpo import PRIORS, brpo, budget_advantages, prior_of, summary_advantages, trained
 from rltoken.rng import seeded
@@ -18,7 +19,6 @@ from rltoken.types import Row
 SEEDS = st.integers(0, 10_000)
 M = st.integers(1, 5)
 MODES = ("brpo", "v1only", "v2only", "none")
-close = torch.testing.assert_close
 
 
 def window(seed, m, groups=2, size=4):
@@ -49,7 +49,7 @@ def each(argument, values):
 def test_v2only_is_centred_within_each_group_at_every_budget(prior, seed, m):
     scores, budgets, group = window(seed, m)
     found = budget_advantages(scores, prior_of(budgets, prior), group, mode="v2only")
-    close(found.view(2, 4, m).mean(1), torch.zeros(2, m), rtol=0, atol=1e-6)
+    assert_close(found.view(2, 4, m).mean(1), torch.zeros(2, m), rtol=0, atol=1e-6)
 
 
 @given(seed=SEEDS, m=M)
@@ -60,7 +60,7 @@ def test_base_and_v2only_is_dr_grpo_on_the_final_score(seed, m):
     expected = (final - final.mean(1, keepdim=True)).view(8, 1)
     found = credit(scores, budgets, group, "base", "v2only")
     for row, own, budget in zip(found, expected, budgets[:, -1], strict=True):
-        close(row[:budget], own.expand(budget))
+        assert_close(row[:budget], own.expand(budget))
         assert torch.equal(row[budget:], torch.zeros(14 - budget))
 
 
@@ -70,7 +70,7 @@ def test_base_and_v2only_is_dr_grpo_on_the_final_score(seed, m):
 @settings(max_examples=20, deadline=None)
 def test_a_constant_added_to_all_scores_changes_nothing(mode, prior, seed, m, shift):
     scores, budgets, group = window(seed, m)
-    close(
+    assert_close(
         credit(scores + shift, budgets, group, prior, mode),
         credit(scores, budgets, group, prior, mode),
         rtol=0,
@@ -85,8 +85,8 @@ def test_v1only_is_unmoved_by_a_constant_from_the_second_budget_on(seed, m, shif
     scores, budgets, group = window(seed, m)
     prior = prior_of(budgets, "linear")
     before, after = (budget_advantages(s, prior, group, mode="v1only") for s in (scores, scores + shift))
-    close(after[:, 1:], before[:, 1:], rtol=0, atol=1e-5)
-    close(after[:, 0], before[:, 0] + shift, rtol=0, atol=1e-5)
+    assert_close(after[:, 1:], before[:, 1:], rtol=0, atol=1e-5)
+    assert_close(after[:, 0], before[:, 0] + shift, rtol=0, atol=1e-5)
 
 
 @each("prior", PRIORS)
@@ -106,7 +106,7 @@ def test_permuting_a_group_permutes_its_credit(mode, seed, m):
     scores, budgets, group = window(seed, m)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
     found = credit(scores, budgets, group, "linear", mode)
-    close(credit(scores[order], budgets[order], group[order], "linear", mode), found[order])
+    assert_close(credit(scores[order], budgets[order], group[order], "linear", mode), found[order])
 
 
 @each("mode", ["brpo", "v2only"])
@@ -116,7 +116,7 @@ def test_permuting_a_group_permutes_its_credit(mode, seed, m):
 def test_all_equal_scores_give_no_credit(prior, mode, seed, m, value):
     _, budgets, group = window(seed, m)
     found = credit(torch.full((8, m), value), budgets, group, prior, mode)
-    close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
+    assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
 
 
 @given(seed=SEEDS, m=M, a=st.integers(1, 4), value=st.sampled_from([0.0, 1.0, -1.0, 0.5]))
@@ -155,7 +155,7 @@ def test_responses_without_scores_abstain(mode, seed, m, gone):
     kept = torch.tensor([i not in gone for i in range(8)])
     found = credit(scores.masked_fill(~kept[:, None], torch.nan), budgets, group, "linear", mode)
     assert torch.equal(found[~kept], torch.zeros_like(found[~kept]))
-    close(found[kept], credit(scores[kept], budgets[kept], group[kept], "linear", mode))
+    assert_close(found[kept], credit(scores[kept], budgets[kept], group[kept], "linear", mode))
 
 
 @given(seed=SEEDS, m=M, a=st.integers(2, 4))
@@ -171,7 +171,7 @@ def test_answers_without_a_score_abstain(seed, m, a):
     for i, number in itertools.product(range(3), range(m)):
         there = scores[i][prefix[i] == number][~holes[i][prefix[i] == number]]
         own = found[i][prefix[i] == number][~holes[i][prefix[i] == number]]
-        close(own, there - there.mean() if there.numel() else there)
+        assert_close(own, there - there.mean() if there.numel() else there)
 
 
 # Drawing the answers that are trained
@@ -228,7 +228,7 @@ def test_drawn_answers_are_all_of_them_in_expectation(summary_weight, summary_tr
     whole = torch.zeros_like(mean)
     for row in draw(rows, advantages, summary_train_rows="all", rng=random.Random(0), **settings):
         whole[row.completion_ids[0] - 10] = row.advantage
-    close(mean, whole)
+    assert_close(mean, whole)
 
 
 @each("summary_train_rows", [1, 2])
@@ -241,7 +241,7 @@ def test_seeds_draw_every_answer_equally_often(summary_train_rows):
         for row in drawn:
             counts[row.completion_ids[0] - 10] += 1
     expected = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]) * 8000 * summary_train_rows / 4
-    close(counts, expected, rtol=0, atol=5 * (8000 * 3 / 16) ** 0.5)
+    assert_close(counts, expected, rtol=0, atol=5 * (8000 * 3 / 16) ** 0.5)
 
 
 def policy_gradient(model, rows):

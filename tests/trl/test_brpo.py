@@ -480,7 +480,7 @@ def test_the_step_of_drawn_answers_is_that_of_all_in_expectation(script, summary
 # What is refused
 
 
-def refused(run, stages, message, **settings):
+def assert_refused(run, stages, message, **settings):
     with pytest.raises(UserError, match=message):
         run(stages, **settings)
 
@@ -489,21 +489,21 @@ CONTROL = {"brpo": functools.partial(thinking_only, budgets=[4], longest=8)}
 
 
 def test_thinking_alone_is_refused_without_a_rows_stage(run):
-    refused(run, {"controls": CONTROL}, r"method\.controls\.brpo: .*no answer to grade; add a rows stage")
+    assert_refused(run, {"controls": CONTROL}, r"method\.controls\.brpo: .*no answer to grade; add a rows stage")
 
 
 def test_thinking_alone_is_refused_where_no_rows_stage_grades(run):
     stages = {"controls": CONTROL, "rows": {"force": forced_answer}}
-    refused(run, stages, r"method\.rows\.force: .*no rows stage graded")
+    assert_refused(run, stages, r"method\.rows\.force: .*no rows stage graded")
 
 
 def test_dynamic_sampling_is_refused_before_and_after(run):
     stages = method(credit=False)
     force = stages["rows"]["brpo"]
     before = stages | {"rows": {"dynamic": dynamic_sampling, "brpo": force}}
-    refused(run, before, r"method\.rows\.dynamic: .*there is no reward yet")
+    assert_refused(run, before, r"method\.rows\.dynamic: .*there is no reward yet")
     after = stages | {"rows": {"brpo": force, "dynamic": dynamic_sampling}}
-    refused(run, after, r"method\.rows\.dynamic: .*it must come before stages that add rows")
+    assert_refused(run, after, r"method\.rows\.dynamic: .*it must come before stages that add rows")
 
 
 def test_dynamic_sampling_after_it_is_refused_even_if_no_row_was_added(script):
@@ -524,11 +524,11 @@ def test_dynamic_sampling_before_it_works_on_whole_completions(run):
 
 def test_the_credit_is_refused_without_its_rows(run):
     stages = {"credits": {"brpo": brpo}}
-    refused(run, stages, r"method\.credits\.brpo: no rows stage published 'budget.*'; add one")
+    assert_refused(run, stages, r"method\.credits\.brpo: no rows stage published 'budget.*'; add one")
 
 
 def test_a_last_budget_beyond_the_completion_length_is_refused(run):
-    refused(
+    assert_refused(
         run, method(budgets=(4, 16)), r"method\.controls\.brpo: .*16 is outside 1 to .*=12", max_completion_length=12
     )
 
