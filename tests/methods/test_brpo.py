@@ -1,4 +1,4 @@
-"""BRPO's numbers (budget.md 1.10), its answers on scripted traces, and the pseudo-code of 1.6 in plain loops."""
+"""BRPO's worked numbers, its answers on scripted traces, and the whole of it in plain loops."""
 
 import functools
 import itertools
@@ -327,7 +327,7 @@ def run_answers(traces, scores, budgets, *, group_size=None, **settings):
 
 
 def test_the_golden_scores_from_scripted_answers():
-    """Four answers at each of the budgets 4, 8, 12, 16 make the table of 1.10: anytime .515625, final .8125."""
+    """Four answers at each of the budgets 4, 8, 12, 16 make the worked table: anytime .515625, final .8125."""
     counts = (SCORES * 4).long().tolist()
     scores = [[float(a < right) for right in row for a in range(4)] for row in counts]
     result, _ = run_answers([[5] * 16] * 4, scores, [4, 8, 12, 16], n_summaries=4)
@@ -442,7 +442,7 @@ def test_a_model_that_does_not_think_ends_its_thinking_with_the_sequence():
     assert result.signals["budget_scores"].tolist() == [[1.0], [1.0]] and result.metrics["thinking_closed"] == 0.5
 
 
-# The pseudo-code of budget.md 1.6, in plain loops
+# The whole method in plain loops, as a reference
 
 
 def reference(traces, scores, budgets, prior, answers_each, decay):

@@ -1,4 +1,4 @@
-"""What BRPO's credit must keep (budget.md 1.10), and that training a few drawn answers is right in expectation."""
+"""What BRPO's credit must keep, and that training a few drawn answers is right in expectation."""
 
 import itertools
 import random
