@@ -275,6 +275,7 @@ def check_values(cfg: DictConfig) -> None:
 
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
+    least |= {"eval.max_answer_tokens": 1}
     if isinstance(cfg.rollout.pack_tokens, str) and cfg.rollout.pack_tokens != "auto":
         raise UserError(f"rollout.pack_tokens: {cfg.rollout.pack_tokens!r} is no number; set auto, null or a number.")
     for key, smallest in {**least, "rollout.pack_tokens": 1}.items():
@@ -286,10 +287,16 @@ def check_values(cfg: DictConfig) -> None:
         if value not in choices:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
     try:
-        in_tokens(cfg.eval.budgets or [1], cfg.rollout.max_thinking_tokens)
+        points = in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens) if cfg.eval.budgets else [1]
     except (ValueError, TypeError) as error:
         raise UserError(f"eval.budgets: {first_line(error)}.") from error
-    if cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
+    if points[-1] > cfg.eval.max_new_tokens:
+        raise UserError(
+            f"eval.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
+            f"eval.max_new_tokens={cfg.eval.max_new_tokens}."
+        )
+    _check_forced(cfg.model.forced)
+    if "method" in cfg and cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
         raise UserError(
             f"rollout.max_thinking_tokens: {cfg.rollout.max_thinking_tokens} is more than a completion may have; lower "
             f"it, or raise trainer.max_completion_length={cfg.trainer.max_completion_length}."
@@ -303,6 +310,18 @@ def check_values(cfg: DictConfig) -> None:
             f"{key}: {len(weights)} weights for {len(cfg.reward.funcs)} reward functions "
             f"({', '.join(cfg.reward.funcs)}); give one for each."
         )
+
+
+def _check_forced(forced: DictConfig | None) -> None:
+    """Refuse a template for forced answers that is none."""
+    if not OmegaConf.is_dict(forced):
+        raise UserError("model.forced: it holds no template; give it ellipsis, header and stops, or choose model=hf.")
+    for key in ("ellipsis", "header"):
+        if not isinstance(forced.get(key), str):
+            raise UserError(f"model.forced.{key}: {forced.get(key)!r} is no text; set it to a text, or to '' for none.")
+    stops = forced.get("stops")
+    if not OmegaConf.is_list(stops) or not all(isinstance(stop, str) for stop in stops):
+        raise UserError(f"model.forced.stops: {stops!r} is no list of texts; set it to such a list, or to [].")
 
 
 def explain(

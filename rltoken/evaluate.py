@@ -40,6 +40,8 @@ OF_A_GROUP = {
 """Groups that may be chosen on the command line -> the sections that then come from there."""
 SAME = ("data.eval", "reward", "eval", "rollout.max_thinking_tokens")
 """What all models of one comparison must share."""
+WHEN = {"eval.before", "eval.after"}
+"""Keys of `eval` that only say when training evaluates."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,23 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
-    if cfg.models and OmegaConf.is_missing(cfg.model, "path"):
+    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
         cfg.model.path = cfg.models[0]
     from accelerate import PartialState
 
     config.check_keys(cfg, TOP_LEVEL)
+    for key in ("runs", "models"):
+        if not OmegaConf.is_list(cfg[key]):
+            raise UserError(f"{key}: {cfg[key]!r} is no list; write '{key}=[FOLDER,...]'.")
     found = subjects(cfg, overrides)
     for subject in found:
         config.check_values(subject.cfg)
     refuse_differences(found)
     folder = Path(cfg.out or f"evaluations/{'-vs-'.join(subject.name for subject in found)[:80]}")
-    if (folder / "metrics.json").exists():
-        raise UserError(f"out: {folder} holds an evaluation already; choose another with out=..., or remove it.")
+    if folder.is_file() or (folder / "metrics.json").exists():
+        raise UserError(
+            f"out: {folder} is a file, or holds an evaluation already; choose another with out=..., or remove it."
+        )
     state = PartialState(cpu=cfg.trainer.use_cpu)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def refuse_differences(found: Sequence[Subject]) -> None:
     for key in SAME:
         values = [runs.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
         for subject, value in zip(found, values, strict=True):
-            for name in sorted(values[0].keys() | value.keys()):
+            for name in sorted((values[0].keys() | value.keys()) - WHEN):
                 if values[0].get(name) != value.get(name):
                     raise UserError(
                         f"{name}: {found[0].name} has {values[0].get(name)} and {subject.name} {value.get(name)}; set "

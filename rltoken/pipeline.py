@@ -302,6 +302,8 @@ def _check_setting(key: str, hint: Any, value: Any) -> None:
         raise UserError(
             f"{key}: there is no {value!r}{_nearest(str(value), choices)}; choose one of: {', '.join(choices)}."
         )
+    if hint is bool and not isinstance(value, bool):
+        raise UserError(f"{key}: {value!r} is neither true nor false; set it to one of them.")
     for check in filter(callable, getattr(hint, "__metadata__", ())):
         try:
             check(value)

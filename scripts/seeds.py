@@ -28,25 +28,38 @@ from rltoken.runs import flat
 METRICS = {"accuracy": ".3f", "anytime_accuracy": ".3f", "final_accuracy": ".3f", "thinking_tokens": ".1f"}
 SEEDS = {"seed", "model.seed", "model.source.seed"}
 PLACES = {"name", "runs_dir", "resume"}
+EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
+"""Keys that must agree for numbers to be compared."""
 
 
 def read(folders):
     """Setting -> seed -> report of the finished runs.
 
     Raises:
-        SystemExit: two runs of one setting have the same seed, or there is none.
+        SystemExit: two runs of one setting have the same seed, were evaluated otherwise, or there is none.
     """
-    settings, labels = defaultdict(dict), {}
+    settings, labels, evaluated = defaultdict(dict), {}, {}
     for folder in folders:
         if not (folder / "report.json").is_file():
             print(f"{folder}: left out, it has no report.json, so it is not finished", file=sys.stderr)
             continue
         values = flat(OmegaConf.load(folder / "config.yaml"))
+        how = {key: value for key, value in values.items() if key.startswith(EVALUATED)}
+        for key in sorted(how.keys() | evaluated.keys() if evaluated else ()):
+            if how.get(key) != evaluated.get(key):
+                sys.exit(
+                    f"{folder}: {key}={how.get(key)} where runs before it have {evaluated.get(key)}; compare them apart"
+                )
+        evaluated = how
+        report = json.loads((folder / "report.json").read_text())
+        if not (report["before"] and report["after"]):
+            print(f"{folder}: left out, it was not evaluated before and after", file=sys.stderr)
+            continue
         key = json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS - PLACES)}, default=str)
         label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
         if values["seed"] in settings[label]:
             sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
-        settings[label][values["seed"]] = json.loads((folder / "report.json").read_text())
+        settings[label][values["seed"]] = report
     if len(set(labels.values())) < len(labels):
         sys.exit("two settings would have the same label: give the runs names that say how they differ")
     if not settings:
@@ -114,6 +127,8 @@ def main() -> None:
     console.print(each_setting(settings, metrics))
     if len(settings) > 1:
         console.print(each_pair(settings, metrics))
+    if options.picture and "anytime_accuracy" not in metrics:
+        sys.exit("--picture: no answers were forced at budgets in some of the runs, so there are no curves")
     if options.picture:
         curves = {"start": over_seeds([report["before"] for report in next(iter(settings.values())).values()])}
         curves |= {label: over_seeds([run["after"] for run in runs.values()]) for label, runs in settings.items()}

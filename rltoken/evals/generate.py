@@ -19,6 +19,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rltoken.errors import UserError
 from rltoken.evals.metrics import AT_BUDGET
 from rltoken.rng import forked_rng
 from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, until_end, well_formed
@@ -102,7 +103,7 @@ def evaluate(
     """Sample and grade completions of every problem, each process its share of the batches.
 
     Each completion is generated once; at every budget its thinking is cut, an answer is forced, and that is graded too
-    (thinking that ended before a budget is answered once for all of those, as in BRPO's training).
+    (thinking that ended before a budget is answered once for all of those).
 
     Args:
         dataset: with `prompt` (conversational), `id` and what `reward` reads.
@@ -113,7 +114,15 @@ def evaluate(
     Returns:
         One row per sample, on every process: id, sample, correct (0 or 1), thinking_tokens, completion_tokens,
         truncated, text, and `correct@B` for every budget B.
+
+    Raises:
+        UserError: there are budgets and the template forces nothing.
     """
+    if settings.budgets and not template.cut:
+        raise UserError(
+            "model.forced.header: nothing would make the model answer where its thinking is cut; set it or "
+            "model.think_end, or set eval.budgets=null."
+        )
     state = PartialState()
     jobs = [(row, sample) for row in range(len(dataset)) for sample in range(settings.samples)]
     batches = list(enumerate(range(0, len(jobs), settings.batch_size)))[state.process_index :: state.num_processes]

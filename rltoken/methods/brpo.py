@@ -48,6 +48,8 @@ SUMMARY_WEIGHTS = ("paper", "code")
 
 def count_or_all(value: object) -> None:
     """Let 'all' and numbers of answers pass, and raise ValueError for anything else."""
+    if isinstance(value, str) and value != "all":
+        raise ValueError(f"there is no {value!r}; set it to all, or to a number of answers from 1")
     if value != "all":
         Range(least=1, whole=True)(value)
 
@@ -64,6 +66,8 @@ def known_prior(value: object) -> None:
     """Let the named priors and lists of weights pass, and raise ValueError for anything else."""
     if isinstance(value, str) and value not in PRIORS:
         raise ValueError(f"there is no {value!r}; set it to {', '.join(PRIORS)}, or a list of one weight per budget")
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"{value!r} is no prior; set it to {', '.join(PRIORS)}, or a list of one weight per budget")
     if not isinstance(value, str):
         for weight in value:
             Range(least=0)(weight)
@@ -141,6 +145,7 @@ def budget_answers(
         rollout,
         rows=rollout.rows + trained_rows(rollout, summaries, scores, advantages, choose),
         rewards=final_rewards(raw[:, -1]),
+        extras=[{} for _ in range(n)],  # what was logged for the sampled completions says nothing of these texts
         texts=sampler.decode(rollout.inputs, [row.completion_ids for row in finals]),
         signals=rollout.signals | published,
         metrics=rollout.metrics | metrics_of(scores, branches, summaries, sampler),

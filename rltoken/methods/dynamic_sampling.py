@@ -27,7 +27,10 @@ def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: Count = 
         ValueError: the rollout already has added rows, which would lose their parents, or is not graded yet.
     """
     if not rollout.graded:
-        raise ValueError("there is no reward yet, since sampling stops at the end of thinking; leave that out")
+        raise ValueError(
+            "there is no reward yet, since sampling stops at the end of thinking; leave out the control stage that "
+            "stops it, such as ~method.controls.brpo"
+        )
     if rollout.signals or len(rollout.rows) != len(rollout.inputs):
         raise ValueError("dynamic sampling replaces thinking rows, so it must come before stages that add rows")
     size = rollout.group_size

@@ -53,7 +53,7 @@ def encode_template(
         stops: texts of one token each that end an answer, besides the end of the sequence.
 
     Raises:
-        UserError: a stop is not exactly one token.
+        UserError: a stop is not exactly one token, or a part ends the thinking once more.
     """
 
     def ids(text: str) -> tuple[int, ...]:
@@ -66,6 +66,11 @@ def encode_template(
             raise UserError(
                 f"model.forced.stops: {text!r} is {len(found)} tokens of this tokenizer, but must be exactly one; "
                 "choose another text, or leave it out."
+            )
+    for key, text in (("ellipsis", ellipsis), ("header", header), *(("stops", stop) for stop in stops)):
+        if marker and marker[0] in ids(text):
+            raise UserError(
+                f"model.forced.{key}: {text!r} ends the thinking a second time; leave {think_end} out of it."
             )
     return Template(
         think_end_id=marker[0] if marker else None,
@@ -81,7 +86,9 @@ def ascending(budgets: Sequence[float]) -> None:
     Raises:
         ValueError: they do not, or mix the two.
     """
-    whole = all(isinstance(budget, int) and budget >= 1 for budget in budgets)
+    if isinstance(budgets, str) or not isinstance(budgets, Sequence):
+        raise ValueError(f"{budgets!r} is no list of budgets; give one, such as [0.25, 0.5, 0.75, 1.0]")
+    whole = all(type(budget) is int and budget >= 1 for budget in budgets)
     fractions = all(isinstance(budget, float) and 0 < budget <= 1 for budget in budgets)
     if not budgets or not (whole or fractions) or any(a >= b for a, b in itertools.pairwise(budgets)):
         raise ValueError(

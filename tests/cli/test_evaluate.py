@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SHORT = ("eval.limit=3", "eval.samples=2", "eval.max_new_tokens=24", "eval.budgets=[4,8,200]")
+SHORT = ("eval.limit=3", "eval.samples=2", "eval.max_new_tokens=24", "eval.budgets=[4,8,24]")
 
 
 KEPT = {}
@@ -33,14 +33,14 @@ def test_runs_are_compared_on_their_own_data(cli, two_runs):
     results = json.loads((found.cwd / "both/metrics.json").read_text())
     assert results["models"].keys() == {"brpo", "grpo"} and (found.cwd / "both/curves.png").stat().st_size > 5000
     numbers = results["models"]["brpo"]
-    assert numbers["budgets"] == [4, 8, 200] and (numbers["problems"], numbers["samples"]) == (3, 6)
+    assert numbers["budgets"] == [4, 8, 24] and (numbers["problems"], numbers["samples"]) == (3, 6)
     assert numbers["anytime_accuracy"] == pytest.approx(sum(numbers["budget_accuracy"]) / 3)
     assert numbers["final_accuracy"] == numbers["budget_accuracy"][-1]
     table = pd.read_parquet(found.cwd / "both/brpo.parquet")
-    assert len(table) == 6 and {"correct@4", "correct@8", "correct@200"} <= set(table.columns)
+    assert len(table) == 6 and {"correct@4", "correct@8", "correct@24"} <= set(table.columns)
     assert "4 problems" not in found.out and "brpo" in found.out and "grpo" in found.out
     again = cli.evaluate(folders, *SHORT, "out=both")
-    assert again.status == 2 and "out: both holds an evaluation already" in again.err
+    assert again.status == 2 and "out: both is a file, or holds an evaluation already" in again.err
 
 
 def test_the_evaluation_of_a_run_is_repeated_exactly(cli, two_runs):
@@ -67,6 +67,13 @@ def test_models_and_the_configured_one(cli, two_runs, tmp_path):
         (("runs=[{runs}/brpo,{runs}/brpo]",), "runs: there are two of the name brpo"),
         (("runs=[{runs}/brpo]", "eval.budgets=[8,4]"), "eval.budgets: "),
         (("runs=[{runs}/brpo]", "eval.budget=[8]"), "did you mean 'eval.budgets'"),
+        (("runs=[{runs}/brpo]", "eval.budgets=[8,500]"), "eval.budgets: a budget of 500 tokens is more"),
+        (("runs=[{runs}/brpo]", "eval.budgets=16"), "eval.budgets: 16 is no list of budgets"),
+        (("runs=[{runs}/brpo]", "eval.max_answer_tokens=0"), "eval.max_answer_tokens: 0 is not possible"),
+        (("runs={runs}/brpo",), "is no list; write 'runs=[FOLDER,...]'"),
+        (("models=null",), "models: None is no list"),
+        (("model.forced.header=null",), "model.forced.header: None is no text"),
+        (("model.forced.stops=abc",), "model.forced.stops: 'abc' is no list of texts"),
         (("run=[{runs}/brpo]",), "run: there is no such key"),
         (("--runs=[{runs}/brpo]",), "overrides are written without dashes"),
     ],
@@ -93,3 +100,18 @@ def test_evaluation_never_touches_training(cli):
     assert with_one.status == without.status == 0, with_one.err + without.err
     one, other = (load_file(with_one.runs / name / "final/model.safetensors") for name in ("with", "without"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_longer_than_the_default_scale_is_evaluated(cli):
+    run = cli("+exp=grpo", "name=long", "trainer.max_completion_length=150", "rollout.max_thinking_tokens=140")
+    found = cli.evaluate(f"runs=[{run.runs}/long]", "eval.limit=2", "eval.samples=1")
+    assert run.status == found.status == 0, run.err + found.err
+
+
+def test_a_template_that_forces_nothing_or_ends_thinking_twice_is_refused(cli):
+    for settings, message in (
+        (("model.think_end=null",), "model.forced.header: nothing would make the model answer"),
+        (('model.forced.header="</think>"',), "model.forced.header: '</think>' ends the thinking a second time"),
+    ):
+        found = cli.evaluate("model.source.steps=2", "data.eval.n=2", *settings)
+        assert found.status == 2 and message in found.err, found.err

@@ -12,11 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-def run_folder(root, name, *, seed, exp, after):
+def run_folder(root, name, *, seed, exp, after, samples=4):
     """A finished run with an accuracy of `after` at both of two budgets."""
     folder = root / name
     folder.mkdir()
-    (folder / "config.yaml").write_text(f"name: {name}\nseed: {seed}\nmodel: {{seed: {seed}}}\nmethod: {exp}\n")
+    (folder / "config.yaml").write_text(
+        f"name: {name}\nseed: {seed}\nmodel: {{seed: {seed}}}\nmethod: {exp}\neval: {{samples: {samples}}}\n"
+    )
     phases = {
         phase: {
             "accuracy": value, "anytime_accuracy": value, "final_accuracy": value, "thinking_tokens": 10 * value,
@@ -59,3 +61,6 @@ def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
     found = seeds(*folders, again)
     assert found.returncode == 1 and "there are two finished runs of a-tiny with seed 0" in found.stderr
     assert seeds(tmp_path).returncode == 1
+    other = run_folder(tmp_path, "other", seed=5, exp="a", after=0.8, samples=1)
+    found = seeds(*folders, other)
+    assert found.returncode == 1 and "eval.samples=1 where runs before it have 4" in found.stderr

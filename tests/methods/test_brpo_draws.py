@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rltoken.methods.brpo import brpo, budget_answers, drawn_budgets, final_rewards, summary_advantages
+from rltoken.rollout.forced import in_tokens
 from rltoken.rollout.sampler import weighted_sum
 from rltoken.types import Continuation, Progress, Rollout, Row, Template
 
@@ -104,6 +105,12 @@ def test_drawn_budgets_are_uniform_on_their_segments():
     assert all(abs(count - 1000) < 5 * (6000 * 5 / 36) ** 0.5 for count in counts.values())
 
 
+def test_shares_of_the_longest_thinking_are_rounded():
+    """0.29 * 100 is 28.999... in floating point."""
+    assert in_tokens([0.29, 1.0], 100) == [29, 100]
+    assert in_tokens([0.25, 0.5], 11) == [3, 6]
+
+
 def answered(score, *, traces=([5] * 3,), weights=(1.0,), before=None, **settings):
     sampler = Numbered(score, weights)
     rollout = rollout_of(traces, len(traces))
@@ -129,9 +136,11 @@ def test_rows_signals_and_metrics_of_earlier_stages_stay():
 
 
 def test_every_answer_has_its_own_parents_prompt_and_log_probs_only_where_it_was_sampled():
-    result = answered(lambda ids, i: 1.0, traces=([5] * 3, [6, END]))
+    rollout = rollout_of([[5] * 3, [6, END]], 1)
+    result = budget_answers(rollout, Numbered(lambda ids, i: 1.0), budgets=[2, 4], longest=4, summary_train_rows="all")
+    assert [row.parent for row in result.rows[2:]] == [0] * 8 + [1] * 8
     for row in result.rows[2:]:
-        assert row.prompt_ids == result.rows[row.parent].prompt_ids and row.completion_ids[0] == 40 + row.parent
+        assert row.prompt_ids == [9, row.parent] and row.completion_ids[0] == 40 + row.parent
         assert row.logps == [0.0] * (len(row.completion_ids) - 1) + [-0.5]
         assert row.train_mask == [0] * (len(row.completion_ids) - 1) + [1]
 

@@ -94,7 +94,7 @@ def by_the_equations(rollout, *, prior, mode, decay, n_summaries, decoupled, wei
                 siblings = [other for length, other in scores if length == cut]
             credit = (s - mean(siblings)) * weight
             tokens = len(answer.completion_ids) - context
-            result.append((answer.prompt_ids, answer.completion_ids, [0.0] * context + [credit] * tokens))
+            result.append((thinking[i].prompt_ids, answer.completion_ids, [0.0] * context + [credit] * tokens))
     return r, result
 
 
@@ -207,8 +207,8 @@ def test_a_last_budget_longer_than_every_trace(run, scripted):
     """Budgets 2, 4, 12 with two answers each; the traces end after 2, 3, 3 (by EOS) and 1 tokens."""
     seen, look = [], []
 
-    def spy(advantages, mask, kind):
-        seen.append((advantages, mask, kind))
+    def spy(advantages, mask, kind, rewards):
+        seen.append((advantages, mask, kind, rewards))
         return advantages
 
     def answer(context, turn):
@@ -228,7 +228,8 @@ def test_a_last_budget_longer_than_every_trace(run, scripted):
         *[[53, 54, EOS, END]] * 4,
         *[[END]] * 6,
     ]
-    advantages, mask, kind = seen[0]
+    advantages, mask, kind, rewards = seen[0]
+    assert rewards.tolist() == [0, 1, 0, 0, *[1, 0, 0, 0, 0, 0], *[1] * 6, *[1, 1, 0, 0, 0, 0], *[0] * 6]
     assert kind == ["thinking"] * 4 + ["summary"] * 24
     trained = [row[own > 0].tolist() for row, own in zip(advantages, mask, strict=True)]
     assert trained[0] == pytest.approx([1 / 6 - 3 / 8] * 2)
