@@ -133,14 +133,11 @@ def budget_answers(
     raw = raw.view(n, len(points), n_summaries, -1)
     scores = sampler.total(raw.flatten(0, 2)).view(raw.shape[:3])
     advantages = summary_advantages(scores, distinct_prefixes(traces, scores), siblings_of(rollout, scores))
-    choose = functools.partial(
-        trained,
-        first=0 if decoupled else (len(points) - 1) * n_summaries,
-        summary_train_rows=summary_train_rows,
-        summary_weight=summary_weight,
-    )
+    last = (len(points) - 1) * n_summaries
+    how = {"summary_train_rows": summary_train_rows, "summary_weight": summary_weight}
+    choose = functools.partial(trained, first=0 if decoupled else last, **how)
     published = {"budgets": torch.tensor(row_budgets, device=scores.device), "budget_scores": scores.nanmean(2)}
-    finals = summaries[(len(points) - 1) * n_summaries :: len(points) * n_summaries]
+    finals = summaries[last :: len(points) * n_summaries]
     return replace(
         rollout,
         rows=rollout.rows + trained_rows(rollout, summaries, scores, advantages, choose),
