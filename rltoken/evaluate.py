@@ -69,10 +69,10 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
-    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
-        cfg.model.path = cfg.models[0]
     from accelerate import PartialState
 
+    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
+        cfg.model.path = cfg.models[0]
     config.check_keys(cfg, TOP_LEVEL)
     for key in ("runs", "models"):
         if not OmegaConf.is_list(cfg[key]):

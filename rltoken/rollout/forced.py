@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,15 +206,10 @@ def sample_answers(
         )
         for prompt, (parent, prefix), answer in zip(prompts, branches, answers, strict=True)
     ]
-    raw = sampler.grade(inputs_of(rollout, branches), [row.completion_ids for row in rows])
+    raw = sampler.grade([rollout.inputs[parent] for parent, _ in branches], [row.completion_ids for row in rows])
     formed = [
         well_formed(prefix, answer.ids, sampler.template, sampler.ends)
         for (_, prefix), answer in zip(branches, answers, strict=True)
     ]
     gate = torch.tensor(formed, device=raw.device)
     return rows, torch.where(gate.unsqueeze(1), raw, raw.clamp(max=0.0))
-
-
-def inputs_of(rollout: Rollout, branches: Sequence[tuple[int, Prefix]]) -> list[dict[str, Any]]:
-    """The data set's columns of the prompt of each branch."""
-    return [rollout.inputs[parent] for parent, _ in branches]
