@@ -59,3 +59,22 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     total = values.new_zeros(int(index.max()) + 1, *values.shape[1:]).index_add(0, index, values.nan_to_num(0.0))
     count = torch.zeros_like(total).index_add(0, index, known.to(values.dtype))
     return (total / count)[index]
+
+
+def gate_by_success(shaped: Tensor, rewards: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+    """Let shaping change correct answers only, and never to below a wrong one, so that failing fast does not pay.
+
+    Args:
+        shaped: [B] float: what a shape stage made of `rewards`.
+        rewards: [B] float, NaN where there is none.
+        correct: [B] bool.
+        group: [B] long: rows of one group share a number.
+
+    Returns:
+        [B]: a wrong answer keeps its reward; a correct one has its shaped reward, but at least the highest reward of a
+        wrong answer of its group.
+    """
+    _, index = group.unique(return_inverse=True)
+    wrong = rewards.masked_fill(correct | rewards.isnan(), -torch.inf)
+    highest = rewards.new_full((int(index.max()) + 1,), -torch.inf).scatter_reduce(0, index, wrong, "amax")[index]
+    return torch.where(correct, shaped.maximum(highest), rewards)

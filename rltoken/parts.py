@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rltoken import models
+from rltoken import models, signals
 from rltoken.data import check_prompt_lengths
 from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
@@ -45,8 +45,8 @@ def rewards(section: DictConfig) -> tuple[dict[str, Callable[..., Any]], list[fl
 
 
 def correctness(funcs: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """What evaluations count: the reward function called accuracy, or else the first one."""
-    return funcs.get("accuracy", next(iter(funcs.values())))
+    """What evaluations count: the reward function that the signal `correct` follows in training."""
+    return list(funcs.values())[signals.correctness(list(funcs))]
 
 
 def problems(section: DictConfig, role: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -108,6 +108,11 @@ def thinking_length(ids: Sequence[int], think_end_id: int | None) -> int:
     return list(ids).index(think_end_id)
 
 
+def correctness(names: Sequence[str]) -> int:
+    """Which reward function decides whether a completion is correct: the one called accuracy, or else the first."""
+    return names.index("accuracy") if "accuracy" in names else 0
+
+
 def answer_classes(answers: Sequence[str | None], group: Sequence[int]) -> list[int]:
     """Number the distinct answers of each group from 0 in order of appearance; -1 where there is no answer."""
     seen: dict[int, dict[str, int]] = {}
@@ -135,7 +140,7 @@ def sampled_makers(
     progress: Progress,
     rng: torch.Generator,
 ) -> dict[str, Callable[[], Any]]:
-    """Makers of every signal in `rltoken.types.SAMPLED` but the rewards, for the rows of one rank.
+    """Makers of every signal in `rltoken.types.SAMPLED` but what was graded, for the rows of one rank.
 
     Args:
         inputs, ids, group: per row its data set columns, completion token ids and group number.

@@ -22,7 +22,7 @@ from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, fit
 from rltoken.rng import forked_rng
 from rltoken.rollout import packs
 from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
-from rltoken.signals import NEVER_GATHERED, Signals, gathered, sampled_makers, thinking_length, window_rng
+from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
 
@@ -75,6 +75,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._shaped: Tensor | None = None
         self._pack_shares: tuple[float, float] = (1.0, 1.0)
         super().__init__(*args, **kwargs)
+        self._function_names = list(self.reward_func_names)
         self.pipeline.check(self.args)
         self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
         self._check()
@@ -133,6 +134,7 @@ class TokenGRPOTrainer(SeamTrainer):
         local = Signals(self._sampled_makers(inputs, lambda: texts, ids, group))
         world = gathered(local, self.accelerator, gather_list)
         world.put("rewards", weighted_sum(raw, self.reward_weights))
+        world.put("correct", self._correct())
         for stage in self.pipeline["shapes"]:
             shaped = fit(stage, stage.run(world), world["rewards"])
             if (shaped.isnan() & ~world["rewards"].isnan()).any():
@@ -335,6 +337,7 @@ class TokenGRPOTrainer(SeamTrainer):
             | {name: (lambda value=value: value.to(device)[parents]) for name, value in published.items()}
             | {
                 "rewards": lambda: self._row_rewards(rows, len(inputs)),
+                "correct": lambda: self._of_this_rank(self._correct(), len(inputs))[parents],
                 "kind": lambda: [row.kind for row in rows],
                 "parent": lambda: torch.tensor(parents, device=device),
                 "ids": lambda: window["completion_ids"],
@@ -356,9 +359,17 @@ class TokenGRPOTrainer(SeamTrainer):
     def _row_rewards(self, rows: Sequence[Row], originals: int) -> Tensor:
         """[B] reward of each row of this rank: an added row's own if it has one, else its (shaped) thinking row's."""
         totals = self._shaped if self._shaped is not None else weighted_sum(self._raw, self.reward_weights)
-        own = totals[self.accelerator.process_index * originals :]
+        own = self._of_this_rank(totals, originals)
         values = [float(own[row.parent]) if row.reward is None else row.reward for row in rows]
         return torch.tensor(values, dtype=totals.dtype, device=totals.device)
+
+    def _correct(self) -> Tensor:
+        """[N] whether each graded completion of the window, of every rank, is correct."""
+        return self._raw[:, correctness(self._function_names)] > 0.5
+
+    def _of_this_rank(self, values: Tensor, originals: int) -> Tensor:
+        start = self.accelerator.process_index * originals
+        return values[start : start + originals]
 
     # Forward: live token stages, TRL's loss, auxiliary losses
 

@@ -21,6 +21,7 @@ SAMPLED = {
     "inputs": "list of B dicts: the data set's columns of each row's prompt",
     "texts": "list of B str: each row's decoded completion",
     "rewards": "[B] float: weighted sum of the reward functions, as left by the shape stages before",
+    "correct": "[B] bool: the reward function called accuracy, or else the first one, gave more than 0.5",
     "group": "[B] long: rows of one group share a number",
     "prompt_id": "list of B str: a stable hash of the prompt",
     "lengths": "[B] long: completion tokens",
