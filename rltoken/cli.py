@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.resources
 import os
 import re
@@ -50,7 +51,22 @@ def main(job: Callable[[], None], config_name: str, top_level: Sequence[str], wh
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
-    sys.exit(max(STATUSES, default=0))
+    status = max(STATUSES, default=0)
+    if status == 0:
+        leave_process_group()
+    sys.exit(status)
+
+
+def leave_process_group() -> None:
+    """End this process's part in torch's process group; whatever holds it, as a trainer does, must be gone.
+
+    A gloo thread that outlives the interpreter aborts the process now and then (pytorch #190489).
+    """
+    from torch import distributed
+
+    gc.collect()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def attempt(work: Callable[[], None]) -> None:

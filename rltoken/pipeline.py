@@ -21,6 +21,8 @@ as they were. What keeps state is an object with `__call__`, `state_dict` and `l
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from rltoken.errors import UserError, first_line
 from rltoken.signals import rows_of
-from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING
+from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING, Progress
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -55,6 +57,8 @@ SLOTS: dict[str, dict[str, str]] = {
 }
 """The slots in the order in which they act, each with the signals that its stages may name."""
 TOKEN_SLOTS = ("bounds", "weights", "ratios")
+CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end")
+"""What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
 KINDLESS = ("prompts", "controls", "rows", "shapes")
 AFTER_SHUFFLE_LOST = frozenset({"parent", "rng"})
 """Window signals that mean nothing in a micro-batch: row numbers, and the window's random stream."""
@@ -77,7 +81,10 @@ class Stage:
         return any(name in LIVE for name in self.needs)
 
     def run(self, signals: Mapping[str, Any]) -> Any:
-        """Call the stage on the signals it names; whatever it raises is re-raised as a UserError with its key."""
+        """Call the stage on the signals it names; whatever it raises is re-raised as a UserError with its key.
+
+        A ValueError that begins with the name of a setting and a colon is about the value of that setting.
+        """
         needed = [signals[name] for name in self.needs]
         versions = [value._version if isinstance(value, Tensor) else None for value in needed]
         try:
@@ -85,6 +92,9 @@ class Stage:
         except UserError:
             raise
         except Exception as error:
+            setting, _, told = first_line(error).partition(": ")
+            if isinstance(error, ValueError) and setting in inspect.signature(self.call).parameters:
+                raise UserError(f"{self.key}.{setting}: {told.rstrip('.')}.") from error
             raise UserError(
                 f"{self.key}: the stage raised {type(error).__name__}: {first_line(error)}. Mend the stage, or leave "
                 f"it out with '~{self.key}'."
@@ -139,6 +149,8 @@ class Pipeline:
             UserError: names the keys, the reason and the fix.
         """
         refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
+        _check_published(self)
+        _check_controls(self, args)
         _check_nothing_is_discarded(self)
         _check_token_credit(self, args)
         _check_added_rows(self, args)
@@ -242,16 +254,18 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
         raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
     _check_object(key, call)
     call, kinds = _take_kinds(call)
-    needs, hints = [], _hints(call)
+    needs, hints, settings = [], _hints(call), {}
     for parameter in inspect.signature(call).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UserError(f"{key}: the stage takes *{parameter.name}; name each signal and each setting instead.")
         if parameter.kind is parameter.KEYWORD_ONLY:
             if parameter.default is parameter.empty:
                 raise UserError(f"{key}.{parameter.name}: the setting has no value; set {key}.{parameter.name}=...")
-            _check_setting(f"{key}.{parameter.name}", hints.get(parameter.name), parameter.default)
+            settings[parameter.name] = parameter.default
         else:
             needs.append(parameter.name)
+    for name in settings:
+        _check_setting(key, name, hints.get(name), settings)
     for name in needs:
         _check_signal(slot, key, name)
     stage = Stage(key, call, tuple(needs), kinds)
@@ -295,8 +309,9 @@ def _hints(call: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _check_setting(key: str, hint: Any, value: Any) -> None:
+def _check_setting(stage: str, name: str, hint: Any, settings: Mapping[str, Any]) -> None:
     """Refuse a value that the setting's annotation excludes: Literal[...], or Annotated[type, check, ...]."""
+    key, value = f"{stage}.{name}", settings[name]
     if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
         choices = {str(choice): None for choice in typing.get_args(hint)}
         raise UserError(
@@ -305,8 +320,9 @@ def _check_setting(key: str, hint: Any, value: Any) -> None:
     if hint is bool and not isinstance(value, bool):
         raise UserError(f"{key}: {value!r} is neither true nor false; set it to one of them.")
     for check in filter(callable, getattr(hint, "__metadata__", ())):
+        _, *others = inspect.signature(check).parameters
         try:
-            check(value)
+            check(value, **{other: settings[other] for other in others if other in settings})
         except (ValueError, TypeError) as error:
             raise UserError(f"{key}: {first_line(error).rstrip('.')}.") from error
 
@@ -351,6 +367,51 @@ def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generati
             f"per_device_train_batch_size x steps_per_generation = {batch_size} x {steps_per_generation} = {rows} "
             "rows; make that a multiple of num_generations."
         )
+
+
+def check_controlled(stage: Stage, settings: Mapping[str, float], longest: int) -> None:
+    """Refuse what a control stage may not set.
+
+    Args:
+        settings: what the stage returned.
+        longest: trainer.max_completion_length.
+
+    Raises:
+        UserError: no dict, a name that cannot be controlled, or a length outside 1 to `longest`.
+    """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{stage.key}: the stage returned {reprlib.repr(settings)}; return a dict of settings.")
+    unknown = settings.keys() - set(CONTROLLED)
+    if unknown:
+        raise UserError(f"{stage.key}: {sorted(unknown)} cannot be controlled; return {', '.join(CONTROLLED)}.")
+    length = settings.get("max_completion_length")
+    if length is not None and not 0 < length <= longest:
+        raise UserError(
+            f"{stage.key}: a completion length of {length} is outside 1 to trainer.max_completion_length={longest}; "
+            "raise that, or lower the schedule."
+        )
+
+
+def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Try the control stages on the first window's progress, each as a copy since it may count its calls."""
+    for stage in pipeline["controls"]:
+        tried = dataclasses.replace(stage, call=copy.deepcopy(stage.call))
+        settings = tried.run({"progress": Progress(0, args.max_steps), "last_window": None})
+        check_controlled(stage, settings, args.max_completion_length)
+        if settings.get("stop_at_think_end") and not pipeline["rows"]:
+            raise UserError(
+                f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
+                "that forces answers, such as +rows=brpo."
+            )
+
+
+def _check_published(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages():
+        for name in stage.needs:
+            if name in PUBLISHED and not pipeline["rows"]:
+                raise UserError(
+                    f"{stage.key}: no rows stage publishes '{name}'; add one that does, such as +rows=brpo."
+                )
 
 
 def _check_nothing_is_discarded(pipeline: Pipeline) -> None:

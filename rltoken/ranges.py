@@ -4,6 +4,7 @@ rho: Share = 0.2                                        one of the ranges below
 alpha: Annotated[float, Range(least=0)] = 0.4           any other range
 mode: Literal["a", "b"] = "a"                           one of a few words
 template: Annotated[str, names_the_budget] = "..."      any function of the value that raises ValueError
+budgets: Annotated[list[int], up_to] = ...              its further parameters are other settings: up_to(value, longest)
 """
 
 import math

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rltoken.errors import UserError
-from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, fit
+from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit
 from rltoken.rng import forked_rng
 from rltoken.rollout import packs
 from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
@@ -26,8 +26,6 @@ from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, samp
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
 
-CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end")
-"""What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
 NO_TEMPLATE = Template(think_end_id=None, cut=())
 FORWARD = ("mask", "ids", "old_logps", "progress")
 """Window signals that a forward has of itself, so that they need not ride along with the rows."""
@@ -166,27 +164,15 @@ class TokenGRPOTrainer(SeamTrainer):
         """Apply what the control stages set; the number of tokens to sample at most, if one sets it."""
         settings: dict[str, float] = {}
         for stage in self.pipeline["controls"]:
-            settings |= stage.run({"progress": self.progress, "last_window": self._last_window})
-            unknown = settings.keys() - set(CONTROLLED)
-            if unknown:
-                raise UserError(f"{stage.key}: {sorted(unknown)} cannot be controlled; return {', '.join(CONTROLLED)}.")
+            chosen = stage.run({"progress": self.progress, "last_window": self._last_window})
+            check_controlled(stage, chosen, self.max_completion_length)
+            settings |= chosen
         self.sampler.thinking_only = bool(settings.pop("stop_at_think_end", False))
-        if self.sampler.thinking_only and not self.pipeline["rows"]:
-            raise UserError(
-                f"{self.pipeline['controls'][-1].key}: sampling stops at the end of thinking, so there is no answer to "
-                "grade; add a rows stage that forces answers, such as +rows=brpo."
-            )
         for name, value in settings.items():
             self.log_window_metric(f"control/{name}", float(value))
         settings = self._configured | settings
         self.epsilon_low, self.epsilon_high = settings["epsilon"], settings["epsilon_high"]
-        longest = settings.get("max_completion_length")
-        if longest is not None and not 0 < longest <= self.max_completion_length:
-            raise UserError(
-                f"{self.pipeline['controls'][-1].key}: a completion length of {longest} is outside 1 to "
-                f"trainer.max_completion_length={self.max_completion_length}; raise that, or lower the schedule."
-            )
-        return longest
+        return settings.get("max_completion_length")
 
     def _rows_stages(self, inputs: list[dict[str, Any]]) -> Rollout:
         rollout = self.sampler.roll(inputs)
@@ -254,13 +240,16 @@ class TokenGRPOTrainer(SeamTrainer):
         """Let a stage replace the signals `names`, each [B, T], on the rows it acts on; this rank's part of them.
 
         It sees the window of all ranks, unless it names what is never gathered. With `neutral`, that is what stands on
-        tokens that are not trained and in rows without a reward, where a stage may well divide by zero.
+        tokens that are not trained and in rows without a reward, where a stage may well divide by zero (one that names
+        published signals takes its rewards from there).
         """
         alone = not NEVER_GATHERED.isdisjoint(stage.needs)
         seen = local if alone else world
         values = act(stage, seen, *(seen[name] for name in names), kinds=seen["kind"])
         if neutral is not None:
-            trained = (seen["mask"] > 0) & ~seen["rewards"].isnan().unsqueeze(1)
+            trained = seen["mask"] > 0
+            if PUBLISHED.keys().isdisjoint(stage.needs):
+                trained = trained & ~seen["rewards"].isnan().unsqueeze(1)
             values = tuple(finite(stage, value.masked_fill(~trained, neutral)) for value in values)
         rows, columns = local["mask"].shape
         start = 0 if seen is local else self.accelerator.process_index * rows

@@ -211,20 +211,20 @@ class SeamTrainer(GRPOTrainer):
         return texts
 
     def grade(
-        self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], *, log: bool = True
+        self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], *, prefix: str = ""
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """[n, F] raw rewards of this rank's rows, and the columns that reward functions logged for each of them.
 
-        Every rank must pass equally many rows: TRL gathers the rewards. Without `log`, metrics that reward functions
-        log are left out of the step's.
+        Every rank must pass equally many rows: TRL gathers the rewards. `prefix` goes before the names of the metrics
+        that reward functions log.
         """
         pending, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
-        metrics = self._pending_metrics
-        if not log:
-            self._pending_metrics = defaultdict(list)
+        metrics, self._pending_metrics = self._pending_metrics, defaultdict(list)
         try:
             rewards = super()._calculate_rewards(inputs, [x["prompt"] for x in inputs], texts, ids)
             extras = _rows_of(self._pending_extra_logs, len(inputs))
+            for name, values in self._pending_metrics.items():
+                metrics[f"{prefix}{name}"].extend(values)
         finally:
             self._pending_extra_logs, self._pending_metrics = pending, metrics
         start = self.accelerator.process_index * len(inputs)

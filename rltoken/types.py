@@ -175,8 +175,13 @@ class Sampler(Protocol):
         Each goes up to and with the first token that ends a sequence or is one of `stops`.
         """
 
-    def grade(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[n, F] raw rewards of completions (token ids) to the prompts of `inputs`, each NaN where there is none."""
+    def grade(
+        self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """[n, F] raw rewards of completions (token ids) to the prompts of `inputs`, each NaN where there is none.
+
+        And the columns that reward functions logged for each. What they log as metrics goes under `forced/`.
+        """
 
     def decode(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
         """Completions (token ids) as reward functions see them: strings, or lists of messages."""

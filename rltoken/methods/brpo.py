@@ -39,7 +39,7 @@ from torch import Tensor
 from rltoken.ops import group_mean
 from rltoken.ranges import Count, Range, Share
 from rltoken.rng import seeded
-from rltoken.rollout.forced import Prefix, ascending, in_tokens, prefixes, sample_answers, thinking_part, well_formed
+from rltoken.rollout.forced import Prefix, in_tokens, prefixes, sample_answers, thinking_part, well_formed
 from rltoken.types import Progress, Rollout, Row, Sampler
 
 PRIORS = ("base", "linear", "uniform")
@@ -75,7 +75,7 @@ def known_prior(value: object) -> None:
             raise ValueError("all weights are zero; give some budget a weight above 0")
 
 
-Budgets = Annotated[Sequence[float], ascending]
+Budgets = Annotated[Sequence[float], in_tokens]
 
 
 def thinking_only(progress: Progress, *, budgets: Budgets, longest: Count) -> dict[str, float]:
@@ -129,7 +129,7 @@ def budget_answers(
     branches = [
         (i, prefix) for i, trace in enumerate(traces) for prefix, shared in trace for _ in range(shared * n_summaries)
     ]
-    summaries, raw = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
+    summaries, raw, extras = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
     raw = raw.view(n, len(points), n_summaries, -1)
     scores = sampler.total(raw.flatten(0, 2)).view(raw.shape[:3])
     advantages = summary_advantages(scores, distinct_prefixes(traces, scores), siblings_of(rollout, scores))
@@ -137,13 +137,13 @@ def budget_answers(
     how = {"summary_train_rows": summary_train_rows, "summary_weight": summary_weight}
     choose = functools.partial(trained, first=0 if decoupled else last, **how)
     published = {"budgets": torch.tensor(row_budgets, device=scores.device), "budget_scores": scores.nanmean(2)}
-    finals = summaries[last :: len(points) * n_summaries]
+    finals = slice(last, None, len(points) * n_summaries)
     return replace(
         rollout,
         rows=rollout.rows + trained_rows(rollout, summaries, scores, advantages, choose),
         rewards=final_rewards(raw[:, -1]),
-        extras=[{} for _ in range(n)],  # what was logged for the sampled completions says nothing of these texts
-        texts=sampler.decode(rollout.inputs, [row.completion_ids for row in finals]),
+        extras=extras[finals],
+        texts=sampler.decode(rollout.inputs, [row.completion_ids for row in summaries[finals]]),
         signals=rollout.signals | published,
         metrics=rollout.metrics | metrics_of(scores, branches, summaries, sampler),
     )

@@ -46,7 +46,7 @@ def forced_answer(
         length = thinking_length(row.completion_ids, sampler.template.think_end_id)
         kept = row.completion_ids[: int(rng.uniform(shortest, longest) * length)]
         branches.append((i, Prefix(kept, sampler.template.cut, closed=False)))
-    rows, raw = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
+    rows, raw, _ = sample_answers(rollout, sampler, branches, max_new_tokens=max_new_tokens)
     added = [replace(row, reward=score) for row, score in zip(rows, sampler.total(raw).tolist(), strict=True)]
     return replace(rollout, rows=[*rollout.rows, *added])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,7 +174,7 @@ def well_formed(prefix: Prefix, answer: Sequence[int], template: Template, ends:
 
 def sample_answers(
     rollout: Rollout, sampler: Sampler, branches: Sequence[tuple[int, Prefix]], *, max_new_tokens: int
-) -> tuple[list[Row], Tensor]:
+) -> tuple[list[Row], Tensor, list[dict[str, Any]]]:
     """One sampled answer per branch, all in one batched call, graded in another.
 
     Args:
@@ -181,8 +182,8 @@ def sample_answers(
         max_new_tokens: tokens of an answer at most.
 
     Returns:
-        One row of kind 'summary' per branch (thinking and forced tokens in context, only the answer trained), and its
-        raw rewards [n, F], at most 0 where the format gate fails.
+        One row of kind 'summary' per branch (thinking and forced tokens in context, only the answer trained); the raw
+        rewards [n, F], none of which adds to the total where the format gate fails; what reward functions logged.
 
     Raises:
         ValueError: the model's template forces nothing where thinking is cut.
@@ -206,10 +207,14 @@ def sample_answers(
         )
         for prompt, (parent, prefix), answer in zip(prompts, branches, answers, strict=True)
     ]
-    raw = sampler.grade([rollout.inputs[parent] for parent, _ in branches], [row.completion_ids for row in rows])
+    raw, extras = sampler.grade(
+        [rollout.inputs[parent] for parent, _ in branches], [row.completion_ids for row in rows]
+    )
     formed = [
         well_formed(prefix, answer.ids, sampler.template, sampler.ends)
         for (_, prefix), answer in zip(branches, answers, strict=True)
     ]
-    gate = torch.tensor(formed, device=raw.device)
-    return rows, torch.where(gate.unsqueeze(1), raw, raw.clamp(max=0.0))
+    gate = torch.tensor(formed, device=raw.device).unsqueeze(1)
+    weights = sampler.total(torch.eye(raw.size(1), device=raw.device))
+    kept = gate | (raw * weights <= 0)
+    return rows, torch.where(kept, raw, raw.clamp(min=0.0, max=0.0)), extras  # NaN stays NaN

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rltoken.trainer import TokenGRPOTrainer
 
 
+FORCED = "forced/"
+"""What stands before the names of metrics that reward functions log while forced answers are graded."""
+
+
 class PromptStream:
     """Prompts of a data set in an order of its own, shuffled anew each epoch, with a cursor that checkpoints keep.
 
@@ -69,13 +73,16 @@ class TrainerSampler:
             Continuation(row, logps[i] if logps is not None else None) for i, row in enumerate(ids[: len(contexts)])
         ]
 
-    def grade(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> Tensor:
-        """[n, F] raw rewards of completions to the prompts of `inputs`."""
+    def grade(
+        self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """[n, F] raw rewards of completions to the prompts of `inputs`, and what reward functions logged for each."""
         asked = self.most(len(inputs))
         padding = asked - len(inputs)
         inputs = [*inputs, *([inputs[0] if inputs else self._trainer.train_dataset[0]] * padding)]
         ids = [*map(list, completion_ids), *([self._trainer.eos_token_ids[:1]] * padding)]
-        return self._trainer.grade(inputs, self._trainer.decode(inputs, ids), ids, log=False)[0][: asked - padding]
+        raw, extras = self._trainer.grade(inputs, self._trainer.decode(inputs, ids), ids, prefix=FORCED)
+        return raw[: asked - padding], extras[: asked - padding]
 
     def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
         """Completions of the prompts of `inputs`, changed by the prompt stages, one each, graded.

@@ -289,7 +289,7 @@ class Scripted:
     def grade(self, inputs, completion_ids):
         self.graded += zip(inputs, completion_ids, strict=True)
         values = torch.tensor([self.scores.pop(0) for _ in inputs])
-        return values.view(len(inputs), -1)
+        return values.view(len(inputs), -1), [{"told": len(self.graded) - len(inputs) + i} for i in range(len(inputs))]
 
     def decode(self, inputs, completion_ids):
         return [" ".join(map(str, ids)) for ids in completion_ids]
@@ -415,6 +415,19 @@ def test_the_published_reward_is_the_final_score_under_several_reward_functions(
     result = budget_answers(rollout_of([[5] * 9], 1), sampler, budgets=[8], longest=8, n_summaries=2)
     assert result.signals["budget_scores"].tolist() == [[1.5]]
     assert sampler.total(result.rewards).tolist() == [1.5]
+
+
+def test_the_format_gate_takes_what_helps_and_leaves_what_costs():
+    """A reward of negative weight is a penalty: an answer that ends the thinking twice keeps it and loses the other."""
+    sampler = Scripted([[1.0, 2.0]], answer=(END, ANSWER, EOS), weights=(1.0, -0.5))
+    result = budget_answers(rollout_of([[5] * 9], 1), sampler, budgets=[8], longest=8, n_summaries=1)
+    assert result.metrics["summaries_well_formed"] == 0.0
+    assert sampler.total(result.rewards).tolist() == [-1.0]
+
+
+def test_what_rewards_logged_for_the_last_budget_stays_with_its_trace():
+    result, _ = run_answers([[5] * 9] * 2, [[0.0] * 4] * 2, [2, 8], n_summaries=2)
+    assert [extra["told"] for extra in result.extras] == [2, 6]
 
 
 def test_only_thinking_is_sampled():

@@ -37,7 +37,7 @@ class Numbered:
 
     def grade(self, inputs, completion_ids):
         raw = [self.score(ids, ids[-1] - 100) for ids in completion_ids]
-        return torch.tensor(raw).view(len(raw), -1)
+        return torch.tensor(raw).view(len(raw), -1), [{} for _ in raw]
 
     def decode(self, inputs, completion_ids):
         return [""] * len(inputs)

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from rltoken.errors import UserError
+from rltoken.methods.brpo import brpo, thinking_only
 from rltoken.pipeline import SLOTS, Stage, act, build
 from rltoken.ranges import Count, Range, Share
 from rltoken.types import LIVE, SAMPLED, SCORED
@@ -300,3 +301,59 @@ def test_results_that_are_no_numbers_are_refused(value):
 def test_every_signal_is_described():
     assert all(isinstance(text, str) and text for slot in SLOTS.values() for text in slot.values())
     assert not set(SAMPLED) & set(SCORED) and not (set(SAMPLED) | set(SCORED)) & set(LIVE)
+
+
+EARLY = {
+    "a published signal that nobody publishes": (
+        {"credits": {"brpo": functools.partial(brpo)}},
+        r"method\.credits\.brpo: no rows stage publishes 'budget_scores'; add one",
+    ),
+    "a length beyond the longest completion": (
+        {"controls": {"long": lambda progress: {"max_completion_length": 17}}},
+        r"method\.controls\.long: a completion length of 17 is outside 1 to trainer\.max_completion_length=16",
+    ),
+    "thinking without answers": (
+        {"controls": {"think": functools.partial(thinking_only, budgets=[4, 8], longest=8)}},
+        r"method\.controls\.think: sampling stops at the end of thinking, .* add a rows stage",
+    ),
+    "a control that returns nothing": (
+        {"controls": {"none": lambda progress: None}},
+        r"method\.controls\.none: the stage returned None; return a dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_only_the_first_window_would_show_is_refused_before_it(name):
+    stages, message = EARLY[name]
+    with pytest.raises(UserError, match=message):
+        build(stages).check(arguments(max_completion_length=16))
+
+
+def test_trying_a_control_stage_leaves_its_state_alone():
+    class Counter:
+        calls = 0
+
+        def __call__(self, progress):
+            self.calls += 1
+            return {"max_completion_length": 8}
+
+    counter = Counter()
+    build({"controls": {"counter": counter}}).check(arguments())
+    assert counter.calls == 0
+
+
+def test_budgets_that_round_to_the_same_number_are_refused_with_the_setting_beside_them():
+    stage = functools.partial(thinking_only, budgets=[0.25, 0.5, 1.0], longest=2)
+    with pytest.raises(UserError, match=r"method\.controls\.b\.budgets: .* of 2 tokens are \[0, 1, 2\]"):
+        build({"controls": {"b": stage}})
+    build({"controls": {"b": functools.partial(thinking_only, budgets=[0.25, 0.5, 1.0], longest=8)}})
+
+
+def test_an_error_about_a_setting_is_told_under_its_key():
+    stage = stage_of("credits", functools.partial(brpo, prior=[1, 2, 3]))
+    signals = {"budget_scores": torch.zeros(2, 2), "budgets": torch.tensor([[1, 2]] * 2), "group": torch.zeros(2)}
+    with pytest.raises(
+        UserError, match=r"^method\.credits\.mine\.prior: 3 weights for 2 budgets; give one for each\.$"
+    ):
+        stage.run(signals | {"mask": torch.ones(2, 2)})

@@ -10,6 +10,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
+from rltoken.cli import leave_process_group
 from rltoken.methods.brpo import brpo, budget_answers, thinking_only
 from rltoken.methods.budget_prompt import budget_prompt
 from rltoken.methods.dynamic_sampling import dynamic_sampling
@@ -128,3 +129,4 @@ def main(model, data, out, method, loss_type, rows, pack_tokens):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_process_group()
