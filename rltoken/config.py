@@ -224,8 +224,13 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
         UserError: names the key and the nearest one, or the fix.
     """
     for key in cfg:
+        if key == "method" and key not in top_level:
+            raise UserError(
+                "method: only training has one; leave out +exp=... and the stages, and name what was trained by "
+                "'runs=[FOLDER]' or 'models=[FOLDER]'."
+            )
         if key not in top_level:
-            known = (*GROUPS, *top_level)
+            known = (*(GROUPS if "method" in top_level else ("scale", "hardware")), *top_level)
             raise UserError(
                 f"{key}: there is no such key or group{nearest(key, known)}; there are: {', '.join(known)}."
             )

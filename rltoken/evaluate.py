@@ -38,8 +38,9 @@ OF_A_GROUP = {
     "hardware": (),
 }
 """Groups that may be chosen on the command line -> the sections that then come from there."""
-SAME = ("data.eval", "reward", "eval", "rollout.max_thinking_tokens")
-"""What all models of one comparison must share."""
+SAME = ("data.eval", "reward", "eval")
+"""What all models of one comparison must share; where budgets are fractions, `LONGEST` too."""
+LONGEST = "rollout.max_thinking_tokens"
 WHEN = {"eval.before", "eval.after"}
 """Keys of `eval` that only say when training evaluates."""
 
@@ -86,6 +87,8 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
         raise UserError(
             f"out: {folder} is a file, or holds an evaluation already; choose another with out=..., or remove it."
         )
+    for path in cfg.models:
+        existing_model(str(path))
     state = PartialState(cpu=cfg.trainer.use_cpu)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,16 +113,34 @@ def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
     return found
 
 
-def run_subject(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subject:
-    """The final model of a run with the run's own settings, but for what the command line says."""
+def existing_model(path: str) -> None:
+    """Refuse what is no model before anything is loaded or written.
+
+    Raises:
+        UserError: it is a run directory, or no model folder and no hub id.
+    """
+    from rltoken.models import existing
+
+    if (Path(path) / "config.yaml").is_file() and (Path(path) / "command.txt").is_file():
+        raise UserError(f"models: {path} is a run directory; set 'runs=[{path}]', or 'models=[{path}/final]'.")
+    try:
+        existing(path)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", "models")) from error
+
+
+def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subject:
+    """The final model of a run, or a checkpoint, with the run's own settings, but for what the command line says."""
+    inside = not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file()
+    folder, model = (path.parent, path) if inside else (path, path / "final")
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"runs: {folder} is no run directory: it has no config.yaml; for a model, set models=[{folder}]."
         )
-    if not (folder / "final").is_dir():
+    if not model.is_dir():
         raise UserError(
-            f"runs: {folder} has no final model, so it is not finished; go on with resume=auto, or evaluate a "
-            f"checkpoint by models=[{folder}/checkpoint-N]."
+            f"runs: {folder} has no {model.name}{'' if inside else ' model, so it is not finished'}; go on with "
+            f"resume=auto, or evaluate a checkpoint by 'runs=[{folder}/checkpoint-N]'."
         )
     merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     stored = OmegaConf.load(folder / "config.yaml")
@@ -133,7 +154,7 @@ def run_subject(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subj
     for key in chosen:
         if key.partition(".")[0] in OF_A_RUN and "." in key:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
-    return Subject(folder.name, str(folder / "final"), merged)
+    return Subject(f"{folder.name}-{model.name}" if inside else folder.name, str(model), merged)
 
 
 def refuse_differences(found: Sequence[Subject]) -> None:
@@ -142,11 +163,18 @@ def refuse_differences(found: Sequence[Subject]) -> None:
     Raises:
         UserError: names the first setting that differs.
     """
-    for key in SAME:
+    fractions = any(isinstance(budget, float) for subject in found for budget in subject.cfg.eval.budgets or ())
+    for key in (*SAME, *([LONGEST] if fractions else [])):
         values = [runs.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
         for subject, value in zip(found, values, strict=True):
             for name in sorted((values[0].keys() | value.keys()) - WHEN):
                 if values[0].get(name) != value.get(name):
+                    if key == "data.eval":
+                        raise UserError(
+                            f"{name}: {found[0].name} and {subject.name} are evaluated on different problems "
+                            f"({values[0].get(name)} and {value.get(name)}); choose one set for all, as in data=gsm8k, "
+                            "or evaluate them apart."
+                        )
                     raise UserError(
                         f"{name}: {found[0].name} has {values[0].get(name)} and {subject.name} {value.get(name)}; set "
                         "it for both on the command line, or evaluate them apart."
@@ -187,7 +215,9 @@ def finish(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]],
     """Write metrics.json and curves.png, print the table, and say where everything is."""
     from rltoken import report
 
-    settings = {subject.name: {key: plain(OmegaConf.select(subject.cfg, key)) for key in SAME} for subject in found}
+    settings = {
+        subject.name: {key: plain(OmegaConf.select(subject.cfg, key)) for key in (*SAME, LONGEST)} for subject in found
+    }
     results = {"settings": settings, "versions": runs.versions(), "models": summaries}
     report.curves(summaries, folder / "curves.png")
     (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -26,16 +26,18 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
+from rltoken import parts
 from rltoken.config import register_schemas, to_grpo_config
+from rltoken.models import lora
 from rltoken.pipeline import build
-from rltoken.rollout.forced import encode_template
 from rltoken.trainer import TokenGRPOTrainer
 
 PHASES = ("thinking", "summaries", "grading", "window", "forward, backward", "optimizer, rest")
+"""Parts of a step; without a rows stage TRL samples and grades inside the window, so those parts stand there."""
 
 
 class Turns:
@@ -59,26 +61,34 @@ class Turns:
 class InTurns(TrainerCallback):
     """Give the turn away at the beginning of every step, keep the random state, and time what lies between."""
 
-    def __init__(self, who, turns):
-        self._who, self._turns, self._started = who, turns, None
-        self.seconds = []
+    def __init__(self, who, turns, warm_up):
+        self._who, self._turns, self._warm_up, self._started = who, turns, warm_up, None
+        self.seconds, self.parts = [], Counter()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self._started is not None:
-            self.seconds.append(time.perf_counter() - self._started)
+        self._stop()
         random_state = torch.get_rng_state()
         self._turns.give(self._who)
         self._turns.wait(self._who)
         torch.set_rng_state(random_state)
+        if state.global_step == self._warm_up:
+            self.parts.clear()
         self._started = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._stop()
+
+    def _stop(self):
+        if self._started is not None:
+            self.seconds.append(time.perf_counter() - self._started)
 
 
 class Timed(TokenGRPOTrainer):
     """Keeps the seconds that each part of a step took; a part within another one counts as its own only."""
 
-    def __init__(self, *args, **kwargs):
-        self.parts, self._inner = Counter(), [0.0]
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, callbacks, **kwargs):
+        self.parts, self._inner = callbacks[0].parts, [0.0]
+        super().__init__(*args, callbacks=callbacks, **kwargs)
 
     def _timed(self, part, call, *args, **kwargs):
         self._inner.append(0.0)
@@ -108,19 +118,25 @@ class Timed(TokenGRPOTrainer):
 
 def make(cfg, folder, output_dir, callback, *, stock):
     """A trainer of the configuration: TRL's own, or ours with the configured pipeline."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = parts.tokenizer(cfg.model, folder)
+    funcs, weights, answer = parts.rewards(cfg.reward)
+    args = to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed)
+    args.reward_weights = weights or args.reward_weights
     options = {} if stock else {
         "pipeline": build(instantiate(cfg.method, _convert_="object")),
-        "template": encode_template(tokenizer, think_end=cfg.model.think_end, **cfg.model.forced),
+        "template": parts.template(cfg.model, tokenizer),
         "pack_tokens": cfg.rollout.pack_tokens,
         "batch_rows": cfg.rollout.batch_rows,
+        "normaliser": cfg.rollout.normaliser,
+        "answer_fn": answer,
     }  # fmt: skip
     trainer = (GRPOTrainer if stock else Timed)(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=list(instantiate(cfg.reward.funcs).values()),
-        args=to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed),
-        train_dataset=instantiate(cfg.data.train),
+        model=parts.model(cfg.model, folder),
+        reward_funcs=list(funcs.values()),
+        args=args,
+        train_dataset=parts.problems(cfg.data, "train", tokenizer),
         processing_class=tokenizer,
+        peft_config=lora(cfg.model.lora),
         callbacks=[callback],
         **options,
     )
@@ -138,10 +154,10 @@ def train(who, trainer, turns, seed):
         turns.give(who, finished=True)
 
 
-def in_turns(cfgs, scratch):
+def in_turns(cfgs, scratch, warm_up):
     """Train stock GRPO with the first configuration and ours with every one: the trainers, and seconds per step."""
     folder, turns = instantiate(cfgs[0].model.source), Turns(1 + len(cfgs))
-    callbacks = [InTurns(who, turns) for who in range(1 + len(cfgs))]
+    callbacks = [InTurns(who, turns, warm_up) for who in range(1 + len(cfgs))]
     trainers = [
         make(cfg, folder, f"{scratch}/{who}", callbacks[who], stock=who == 0)
         for who, cfg in enumerate([cfgs[0], *cfgs])
@@ -165,12 +181,12 @@ def report(names, trainers, seconds):
     for name, trainer, own in zip(names, trainers, seconds, strict=True):
         median = statistics.median(own)
         low, _, high = statistics.quantiles([a / b for a, b in zip(own, seconds[0], strict=True)], n=4)
-        parts = getattr(trainer, "parts", None)
+        spent = getattr(trainer, "parts", None)
         shares = [""] * len(PHASES)
-        if parts is not None:
-            each = {part: parts[part] / trainer.state.global_step for part in PHASES}
-            each[PHASES[-1]] = max(0.0, statistics.fmean(own) - sum(each.values()))
-            shares = [f"{each[part]:.3f}" for part in PHASES]
+        if spent is not None:
+            each = {part: total / len(own) for part, total in spent.items()}
+            each[PHASES[-1]] = statistics.fmean(own) - sum(each.values())
+            shares = [f"{each[part]:.3f}" if part in each else "in the window" for part in PHASES]
         ratio = ["", ""] if trainer is trainers[0] else [f"{median / stock:.3f}", f"{low:.3f} to {high:.3f}"]
         table.add_row(name, f"{median:.3f}", *ratio, str(int(trainer.state.num_input_tokens_seen)), *shares)
     Console(width=200).print(table)
@@ -194,7 +210,7 @@ def main() -> None:
     with initialize_config_module("rltoken.conf", version_base="1.3"):
         cfgs = [compose("config", overrides=[*quiet, *shlex.split(arm)]) for arm in arms]
     with tempfile.TemporaryDirectory() as scratch:
-        trainers, seconds = in_turns(cfgs, scratch)
+        trainers, seconds = in_turns(cfgs, scratch, options.warm_up)
     counted = [values[options.warm_up :] for values in seconds]
     report(["stock GRPOTrainer", *itertools.chain(arms)], trainers, counted)
 

@@ -1,6 +1,7 @@
 """`python -m rltoken.evaluate`: runs and models under budgets, what it writes, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -72,6 +73,10 @@ def test_models_and_the_configured_one(cli, two_runs, tmp_path):
         (("runs=[{runs}/brpo]", "eval.max_answer_tokens=0"), "eval.max_answer_tokens: 0 is not possible"),
         (("runs={runs}/brpo",), "is no list; write 'runs=[FOLDER,...]'"),
         (("models=null",), "models: None is no list"),
+        (("models=[{runs}/brpo]",), "brpo is a run directory; set 'runs=[{runs}/brpo]'"),
+        (("models=[./nowhere]",), "models: there is no folder ./nowhere"),
+        (("runs=[{runs}/brpo/checkpoint-7]",), "brpo has no checkpoint-7; go on with resume=auto"),
+        (("+exp=brpo",), "method: only training has one; leave out +exp"),
         (("model.forced.header=null",), "model.forced.header: None is no text"),
         (("model.forced.stops=abc",), "model.forced.stops: 'abc' is no list of texts"),
         (("run=[{runs}/brpo]",), "run: there is no such key"),
@@ -80,18 +85,41 @@ def test_models_and_the_configured_one(cli, two_runs, tmp_path):
 )
 def test_mistakes_end_in_one_line(cli, two_runs, arguments, message):
     found = cli.evaluate(*(argument.format(runs=two_runs) for argument in arguments))
-    assert found.status == 2 and message in found.err and "Traceback" not in found.err, found.err
+    assert found.status == 2 and message.format(runs=two_runs) in found.err and "Traceback" not in found.err, found.err
     assert len(found.err.strip().splitlines()) == 1
+    assert not (found.cwd / "evaluations").exists()
 
 
 def test_an_unfinished_run_and_runs_on_different_data_are_refused(cli, two_runs):
     other = cli("+exp=grpo", "name=other", "data.eval.n=3")
     assert other.status == 0
     found = cli.evaluate(f"runs=[{two_runs}/brpo,{other.runs}/other]")
-    assert found.status == 2 and "data.eval.n: brpo has 4 and other 3" in found.err
+    assert found.status == 2 and "brpo and other are evaluated on different problems (4 and 3)" in found.err
     shutil.rmtree(other.runs / "other/final")
     found = cli.evaluate(f"runs=[{other.runs}/other]")
     assert found.status == 2 and "is not finished" in found.err
+
+
+def test_a_checkpoint_is_evaluated_under_the_name_of_its_run(cli, two_runs):
+    budgets = "eval.budgets=[4,8]"  # in tokens: what fractions would be shares of does not matter
+    found = cli.evaluate(f"runs=[{two_runs}/grpo,{two_runs}/grpo/checkpoint-2]", *SHORT, budgets, "out=both")
+    assert found.status == 0, found.err
+    models = json.loads((found.cwd / "both/metrics.json").read_text())["models"]
+    assert models.keys() == {"grpo", "grpo-checkpoint-2"}
+    assert models["grpo"] == models["grpo-checkpoint-2"]
+
+
+def test_the_longest_thinking_matters_only_to_fractions(cli, two_runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(two_runs / "grpo", other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(r"max_thinking_tokens: \d+", "max_thinking_tokens: 3", text))
+    assert "max_thinking_tokens: 3\n" in (other / "config.yaml").read_text()
+    both = f"runs=[{two_runs}/grpo,{other}]"
+    found = cli.evaluate(both, "eval.limit=1", "eval.samples=1", "eval.budgets=[4]", "out=tokens")
+    assert found.status == 0, found.err
+    found = cli.evaluate(both, "eval.limit=1", "eval.samples=1", "eval.budgets=[0.5]", "out=shares")
+    assert found.status == 2 and "rollout.max_thinking_tokens: grpo has" in found.err
 
 
 def test_evaluation_never_touches_training(cli):
