@@ -53,7 +53,7 @@ READ = {
     "model": ("source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora"),
     "model.forced": ("ellipsis", "header", "stops"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
-    "reward": ("funcs", "weights", "answer"),
+    "reward": ("funcs", "weights", "on_error", "answer"),
 }
 """What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
 
@@ -287,7 +287,12 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value not in (None, "auto") and value < smallest:
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
-    for key, choices in (("rollout.backend", ("hf",)), ("rollout.normaliser", ("thinking", "all"))):
+    choices_of = {
+        "rollout.backend": ("hf",),
+        "rollout.normaliser": ("thinking", "all"),
+        "reward.on_error": ("stop", "crash"),
+    }
+    for key, choices in choices_of.items():
         value = OmegaConf.select(cfg, key)
         if value not in choices:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rltoken import models, signals
 from rltoken.data import check_prompt_lengths
+from rltoken.rewards.guard import guarded
 from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
 
@@ -39,9 +40,8 @@ def model(section: DictConfig, path: str) -> PreTrainedModel:
 def rewards(section: DictConfig) -> tuple[dict[str, Callable[..., Any]], list[float] | None, Callable[..., Any] | None]:
     """The reward functions under the names of the section `reward`, which TRL's metrics then use; weights; answers."""
     made = instantiate(section)
-    for name, func in made.funcs.items():
-        func.__name__ = name
-    return dict(made.funcs), None if made.weights is None else list(made.weights), made.answer
+    funcs = {name: guarded(func, name=name, on_error=section.on_error) for name, func in made.funcs.items()}
+    return funcs, None if made.weights is None else list(made.weights), made.answer
 
 
 def correctness(funcs: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

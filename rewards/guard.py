@@ -1,0 +1,148 @@
+"""A reward function of the user's, called so that a sample it cannot take is named and costs no more than itself."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+import reprlib
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from rltoken.errors import UserError, first_line
+from rltoken.rewards.text import content
+
+Reward = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+OnError = Literal["stop", "crash"]
+
+
+def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
+    """`func` under the name `name`, with what it raises and what it returns checked; async if `func` is.
+
+    When a call raises, its traceback is printed once per function and its samples are tried one by one. With 'stop' the
+    first that raises ends the run; with 'crash' those that raise have no reward (None), and their share of such a call
+    is logged as the metric NAME/crashed.
+
+    Args:
+        func: in TRL's signature.
+        name: what errors and metrics call it.
+
+    Raises:
+        UserError: (when called) a sample that raises under 'stop', another number of rewards than completions, or a
+            reward that is no finite number and not None. Names the function, and the sample where there is one.
+    """
+    printed: list[bool] = []
+
+    def print_once(error: Exception) -> None:
+        if not printed:
+            traceback.print_exception(error, file=sys.stderr)
+            printed.append(True)
+
+    @functools.wraps(func)
+    def call(**columns: Any) -> list[float | None]:
+        try:
+            values = func(**columns)
+        except Exception as error:
+            print_once(error)
+            values = _settled(name, on_error, error, [_tried(func, single) for single in _singles(columns)], columns)
+        return _checked(name, values, columns)
+
+    @functools.wraps(func)
+    async def call_async(**columns: Any) -> list[float | None]:
+        try:
+            values = await func(**columns)
+        except Exception as error:
+            print_once(error)
+            found = [await _tried_async(func, single) for single in _singles(columns)]
+            values = _settled(name, on_error, error, found, columns)
+        return _checked(name, values, columns)
+
+    made = call_async if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(func.__call__) else call
+    made.__name__ = name
+    return made
+
+
+def _tried(func: Reward, single: dict[str, Any]) -> Any:
+    """The reward of one sample, or the exception that it raises."""
+    try:
+        return func(**single)[0]
+    except Exception as error:
+        return error
+
+
+async def _tried_async(func: Reward, single: dict[str, Any]) -> Any:
+    try:
+        return (await func(**single))[0]
+    except Exception as error:
+        return error
+
+
+def _singles(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same call for each sample alone; what reward functions log is dropped, since their first call has logged."""
+    n = len(columns["completions"])
+    shared = {key: value for key, value in columns.items() if not (isinstance(value, list) and len(value) == n)}
+    silent = {key: lambda *_: None for key in ("log_extra", "log_metric") if key in columns}
+    return [
+        {key: [value[i]] for key, value in columns.items() if key not in shared} | shared | silent for i in range(n)
+    ]
+
+
+def _settled(
+    name: str, on_error: OnError, error: Exception, found: list[Any], columns: dict[str, Any]
+) -> list[float | None]:
+    """The rewards of a call that raised, from those of its samples alone (or what each raised).
+
+    Raises:
+        UserError: under 'stop', or where the function raises for all of them together but for none alone.
+    """
+    bad = [i for i, value in enumerate(found) if isinstance(value, Exception)]
+    if not bad:
+        raise UserError(
+            f"reward.funcs.{name}: raised {type(error).__name__}: {first_line(error)} for {len(found)} completions, "
+            "but for none of them alone; mend the function."
+        ) from error
+    if on_error == "stop":
+        first = found[bad[0]]
+        raise UserError(
+            f"reward.funcs.{name}: raised {type(first).__name__}: {first_line(first)} for {_sample(columns, bad[0])}; "
+            "mend the function, or set reward.on_error=crash to go on without such samples."
+        ) from first
+    if "log_metric" in columns:
+        columns["log_metric"](f"{name}/crashed", len(bad) / len(found))
+    return [None if i in bad else value for i, value in enumerate(found)]
+
+
+def _checked(name: str, values: Any, columns: dict[str, Any]) -> list[float | None]:
+    values, n = list(values), len(columns["completions"])
+    if len(values) != n:
+        raise UserError(
+            f"reward.funcs.{name}: returned {len(values)} rewards for {n} completions; return one for each, None where "
+            "there is none."
+        )
+    return [_number(name, value, columns, i) for i, value in enumerate(values)]
+
+
+def _number(name: str, value: Any, columns: dict[str, Any], i: int) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise UserError(
+            f"reward.funcs.{name}: returned {reprlib.repr(value)} for {_sample(columns, i)}; return a finite number, "
+            "or None where there is none."
+        )
+    return None if math.isnan(number) else number
+
+
+def _sample(columns: dict[str, Any], i: int) -> str:
+    """How an error names a sample: by its id or its place, and by how its completion begins."""
+    ids = columns.get("id")
+    place = f"id={ids[i]}" if ids is not None else f"completion {i}"
+    text = "".join(itertools.islice(content(columns["completions"][i]), 80))
+    return f"the sample {place} ({reprlib.repr(text)})"
