@@ -61,6 +61,60 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     return (total / count)[index]
 
 
+def group_sum(values: Tensor, group: Tensor, among: Tensor | None = None) -> Tensor:
+    """Sum over each row's group, NaN left out; 0 for a group without a value.
+
+    Args:
+        values: [B] float.
+        group: [B] long: rows of one group share a number.
+        among: [B] bool: the rows that count; all of them when None.
+
+    Returns:
+        [B].
+    """
+    _, index = group.unique(return_inverse=True)
+    kept = values.nan_to_num(0.0) if among is None else values.nan_to_num(0.0).masked_fill(~among, 0.0)
+    return kept.new_zeros(int(index.max()) + 1).index_add(0, index, kept)[index]
+
+
+def group_std(values: Tensor, group: Tensor, among: Tensor | None = None, *, correction: int = 1) -> Tensor:
+    """Standard deviation of each row's group, NaN left out; 0 for a group of fewer than two values.
+
+    Args:
+        values, group, among: as in `group_sum`.
+        correction: 1 divides by the number of values less one, 0 by their number.
+
+    Returns:
+        [B].
+    """
+    kept = values if among is None else values.masked_fill(~among, torch.nan)
+    count = group_sum((~kept.isnan()).to(values.dtype), group)
+    squares = group_sum((kept - group_mean(kept, group)).square(), group)
+    return (squares / (count - correction).clamp(min=1.0)).sqrt()
+
+
+def group_amax(values: Tensor, group: Tensor, among: Tensor | None = None) -> Tensor:
+    """Largest value of each row's group; -inf where the group has none.
+
+    Args:
+        values: [B] float; NaN is left out.
+        group: [B] long: rows of one group share a number.
+        among: [B] bool: the rows to look at; all of them when None.
+
+    Returns:
+        [B], the same for all rows of a group.
+    """
+    _, index = group.unique(return_inverse=True)
+    left_out = values.isnan() if among is None else values.isnan() | ~among
+    most = values.new_full((int(index.max()) + 1,), -torch.inf)
+    return most.scatter_reduce(0, index, values.masked_fill(left_out, -torch.inf), "amax")[index]
+
+
+def group_amin(values: Tensor, group: Tensor, among: Tensor | None = None) -> Tensor:
+    """Smallest value of each row's group; inf where the group has none. Arguments as in `group_amax`."""
+    return -group_amax(-values, group, among)
+
+
 def gate_by_success(shaped: Tensor, rewards: Tensor, correct: Tensor, group: Tensor) -> Tensor:
     """Let shaping change correct answers only, and never to below a wrong one, so that failing fast does not pay.
 
@@ -74,7 +128,4 @@ def gate_by_success(shaped: Tensor, rewards: Tensor, correct: Tensor, group: Ten
         [B]: a wrong answer keeps its reward; a correct one has its shaped reward, but at least the highest reward of a
         wrong answer of its group.
     """
-    _, index = group.unique(return_inverse=True)
-    wrong = rewards.masked_fill(correct | rewards.isnan(), -torch.inf)
-    highest = rewards.new_full((int(index.max()) + 1,), -torch.inf).scatter_reduce(0, index, wrong, "amax")[index]
-    return torch.where(correct, shaped.maximum(highest), rewards)
+    return torch.where(correct, shaped.maximum(group_amax(rewards, group, ~correct)), rewards)

@@ -42,3 +42,23 @@ class Range:
 
 Share = Annotated[float, Range(above=0, most=1)]
 Count = Annotated[int, Range(least=1, whole=True)]
+
+
+def check(name: str, value: Any, annotation: Any) -> None:
+    """Check a setting of a stage that is a class, for its `__init__`: only functions are checked by their signature.
+
+    Args:
+        name: of the setting, for the error.
+        value: what it was set to.
+        annotation: what it may be: bool, or one of the ranges here.
+
+    Raises:
+        ValueError: it may not be that; names the setting.
+    """
+    if annotation is bool and not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is neither true nor false; set it to one of them")
+    for allowed in getattr(annotation, "__metadata__", ()):
+        try:
+            allowed(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error

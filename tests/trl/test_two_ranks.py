@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).with_name("two_ranks.py")
 ROOT = SCRIPT.parents[2]
 
 
-def train(ranks, tiny, tmp_path, method, loss_type, pack_tokens=0):
+def started(script, ranks, tiny, tmp_path, *arguments):
+    """What a script saves that trains 16 rows, split over so many ranks."""
     folder, _, dataset = tiny
     data, out = tmp_path / "data", tmp_path / f"{ranks}.pt"
     if not data.exists():
@@ -22,7 +23,7 @@ def train(ranks, tiny, tmp_path, method, loss_type, pack_tokens=0):
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
-        [*launcher, SCRIPT, folder, data, out, method, loss_type, str(16 // ranks), str(pack_tokens)],
+        [*launcher, script, folder, data, out, str(16 // ranks), *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -30,6 +31,10 @@ def train(ranks, tiny, tmp_path, method, loss_type, pack_tokens=0):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
+
+
+def train(ranks, tiny, tmp_path, method, loss_type, pack_tokens=0):
+    return started(SCRIPT, ranks, tiny, tmp_path, method, loss_type, str(pack_tokens))
 
 
 def distance(one, two):
@@ -58,3 +63,16 @@ def test_dynamic_sampling_runs_on_two_ranks(tiny, tmp_path):
     """Its prompt stream is split over ranks, so weights differ from one rank's: it must agree on the rounds and end."""
     weights = train(2, tiny, tmp_path, "dynamic", "grpo")
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_every_shape_and_credit_sees_its_whole_groups_on_two_ranks(tiny, tmp_path):
+    """Rewards and advantages of all ranks' windows; a window of two ranks holds the same prompts in the same order."""
+    script = SCRIPT.with_name("two_ranks_stages.py")
+    one, two = (started(script, ranks, tiny, tmp_path) for ranks in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 20
+    for name in one:
+        assert len(one[name]) == 2, name
+        for alone, together in zip(one[name], two[name], strict=True):
+            for a, b in zip(alone, together, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
+        assert any(advantages.abs().max() > 0.01 for _, advantages in one[name]), name

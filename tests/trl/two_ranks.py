@@ -93,7 +93,7 @@ def reward(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def main(model, data, out, method, loss_type, rows, pack_tokens):
+def main(model, data, out, rows, method, loss_type, pack_tokens):
     """Two optimizer steps of 4 prompts x 4 generations, on however many ranks there are."""
     trainer = Replayed(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
