@@ -1,271 +1,237 @@
-r"""Correctness of a mathematical answer, decided by math-verify.
+r"""Correctness of a mathematical answer, for training, evaluation and voting.
 
-Where the answer stands: after the end of thinking, in the last balanced `\boxed{...}`; else after `####` or an answer
-header ("The answer is ...", "Answer: ..."); else, only when `last_number` asks for it, the last number of the text.
-
-What keeps an answer from stalling the grader: expressions that sympy could blow up (towers of powers, huge exponents
-and factorials, deep nesting, great length) are judged by their syntax and never reach it; besides, math-verify's own
-time limit of 5 s works in the main thread. It cannot interrupt C code and is off in other threads, so a hostile
-expression that passes the syntactic bounds may still stall the grader: nothing here runs in a process of its own that
-could be killed.
+`rltoken.rewards.extraction` says where the answer stands and `rltoken.rewards.equality` what it is equal to. Here both
+are put together, in the processes of `rltoken.rewards.grader`, since an answer may hang or crash sympy. Where both the
+answer and the gold answer are bare numbers, no process is needed.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import threading
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
 
-import sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from math_verify.errors import TimeoutException
-from math_verify.utils import timeout
+from rltoken.rewards.equality import DEFAULT, Rules, equal, parses, readable
+from rltoken.rewards.extraction import MAX_CHARS, extract
+from rltoken.rewards.notation import clean, plain_number
+from rltoken.rewards.outcomes import FAILURES, Outcome, log_outcomes
+from rltoken.rewards.text import Completion, content
 
-from rltoken.rewards.text import Completion, content, final_part, last_box
+Gold = str | int | float | Sequence[str]
+"""A gold answer, or several: an answer is correct if it equals any of them."""
 
-MAX_CHARS = 500
-"""The longest answer that is parsed; the longest gold answer of MATH, AIME and OlympiadBench has 204 characters."""
-MAX_NESTING = 16
-MAX_EXPONENT = 9999
-"""The largest literal in an exponent or before a factorial sign, and the largest product of such literals."""
-SECONDS = 5
-
-# With units taken off first (`5 \text{ cm}`), then as they stand: math-verify takes the c of `a + b + c` for a unit.
-_WITH_UNITS = (LatexExtractionConfig(), ExprExtractionConfig())
-_AS_WRITTEN = (
-    LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
-)
-_HEADER = re.compile(r"(?:####|\banswer\s*(?:is\b|:))[:*_\s]*", re.IGNORECASE)
-_FORMULA = re.compile(r"(?<!\\)\$\$?(?P<dollar>.+?)(?<!\\)\$|\\\((?P<inline>.+?)\\\)|\\\[(?P<display>.+?)\\\]")
-_NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)")
-_NUMBER_WITH_UNIT = re.compile(rf"[$€£]?(?P<number>{_NUMBER.pattern})[ ](?!and|or|sqrt|times|plus|minus)[A-Za-z]{{3,}}")
-_PLAIN_NUMBER = re.compile(r"\\?\$?\s*(-?)\\?\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
-_TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|math(?:rm|bf|it|sf)|operatorname|begin|end)\s*\{([^{}]*)\}")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORDS = re.compile(r"[A-Za-z]{3,}")
-_THOUSANDS = re.compile(r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3})")
-_SPACING = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad\b|~")
-_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
-
-for _name in ("math_verify.parser", "math_verify.grader"):
-    # They warn once that a time limit is off, which is deliberate here, and per answer that one was met.
-    logging.getLogger(_name).setLevel(logging.ERROR)
+Item = tuple[str | None, tuple[str, ...], Rules]
+"""What is judged: the extracted answer or None, the gold answers, and what counts as equal."""
 
 
 def accuracy(
     completions: Sequence[Completion],
-    answer: Sequence[str],
+    answer: Sequence[Gold],
     *,
     think_end: str | None = None,
     last_number: bool = False,
+    tolerance: float | None = None,
+    bare_percent: bool = True,
+    strict: bool = True,
+    on_failure: float | None = 0.0,
+    workers: int | None = None,
+    seconds: float = 5.0,
+    log_extra: Callable[[str, list], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
     **_: object,
 ) -> list[float | None]:
-    """Whether each completion's final answer is mathematically equal to its gold answer.
+    """Whether each completion's final answer is mathematically equal to its gold answer, with TRL's signature.
 
     Args:
         completions: B completions, plain or conversational.
-        answer: B gold answers.
+        answer: B gold answers; each may be a list, any of which is right.
         think_end: the marker that must precede an answer (`rltoken.rewards.text.final_part`).
-        last_number: take the last number of the final part where no answer is marked as such.
+        last_number: take the last formula or number of the final part where no answer is marked as such.
+        tolerance: the largest relative difference of two numbers that are still equal (`rltoken.rewards.equality`);
+            None for math-verify's six decimal places.
+        bare_percent: `50%` equals `50` as well as `0.5`, which is what math-verify does with whole numbers; False: it
+            equals `0.5` alone.
+        strict: variables are told apart by their names; False: `f(x)` equals `f(y)`.
+        on_failure: the reward where the grader timed out or crashed. 0.0, so that a model gains nothing by an answer
+            that hangs the grader instead of a wrong one; None leaves the completion out of this reward.
+        workers: processes that grade, None for as many as the machine has cores to spare, 0 for none but this one.
+        seconds: how long one answer may take.
+        log_extra: TRL's; gets the column `outcome`: the name of each completion's, or None.
+        log_metric: TRL's; gets the share of each of the six outcomes as `outcome/NAME`, always all of them.
 
     Returns:
-        B values: 1.0 if equal, 0.0 if not or if there is no answer, None if the gold answer cannot be graded (TRL then
-        leaves the completion out of this reward).
+        B values: 1.0 if correct; 0.0 if wrong, unparsable or if there is no answer; `on_failure` if the grader failed;
+        None if no gold answer can be graded (TRL then leaves the completion out of this reward).
     """
-    return [
-        (float(correct(content(text), gold, think_end=think_end, last_number=last_number)) if parses(gold) else None)
+    found = outcomes(
+        completions,
+        answer,
+        think_end=think_end,
+        last_number=last_number,
+        rules=Rules(tolerance, bare_percent, strict),
+        workers=workers,
+        seconds=seconds,
+    )
+    log_outcomes(found, log_extra, log_metric)
+    return [_reward(outcome, on_failure) for outcome in found]
+
+
+def outcomes(
+    completions: Sequence[Completion],
+    answer: Sequence[Gold],
+    *,
+    think_end: str | None = None,
+    last_number: bool = False,
+    rules: Rules = DEFAULT,
+    workers: int | None = None,
+    seconds: float = 5.0,
+) -> list[Outcome | None]:
+    """What became of each completion; arguments as in `accuracy`. None where no gold answer can be graded."""
+    items = [
+        (extract(content(text), think_end=think_end, last_number=last_number), _golds(gold), rules)
         for text, gold in zip(completions, answer, strict=True)
     ]
+    return _judged(items, workers, seconds)
 
 
-def answer(text: str, *, think_end: str | None = None, last_number: bool = False) -> str | None:
-    r"""The final answer of a completion in a normal form: equal strings are equal answers.
+def judge(item: Item) -> Outcome | None:
+    """The outcome of one item, None where no gold answer can be graded. May hang or crash."""
+    prediction, golds, rules = item
+    golds = tuple(gold for gold in golds if parses(gold))
+    if not golds:
+        return None
+    if prediction is None:
+        return Outcome.NO_ANSWER
+    if any(equal(prediction, gold, rules) for gold in golds):
+        return Outcome.CORRECT
+    return Outcome.WRONG if readable(prediction) else Outcome.UNPARSABLE
+
+
+def gradable(golds: Sequence[Gold], *, workers: int | None = None, seconds: float = 5.0) -> list[bool]:
+    """Whether each gold answer, or any of several, can be graded: `rltoken.rewards.equality.parses`, in the pool.
 
     Args:
-        text: a whole completion.
+        golds: N gold answers.
+        workers: as in `accuracy`.
+        seconds: as in `accuracy`; what takes longer cannot be graded.
+    """
+    items = [(None, _golds(gold), DEFAULT) for gold in golds]
+    return [outcome == Outcome.NO_ANSWER for outcome in _judged(items, workers, seconds)]
+
+
+def classes(
+    completions: Sequence[Completion],
+    group: Sequence[int],
+    *,
+    think_end: str | None = None,
+    last_number: bool = False,
+    workers: int | None = None,
+    seconds: float = 5.0,
+) -> list[int]:
+    """Number the different final answers of each group: two completions that agree have the same number.
+
+    An answer belongs to the first class whose first answer it equals, taken either way round. What the grader fails on
+    is a class of its own by its text.
+
+    Args:
+        completions: B completions, plain or conversational.
+        group: B numbers of the groups.
         think_end: as in `accuracy`.
         last_number: as in `accuracy`.
+        workers: as in `accuracy`.
+        seconds: how long one comparison may take.
 
     Returns:
-        For an expression that can be parsed its value as a string (`1/2` for `0.5` and `\frac{1}{2}`), otherwise the
-        answer as written, without its wrapping, in lower case; None where there is no answer. Two different normal
-        forms may still be equal to math-verify (`(x+1)^2` and `x^2+2x+1`).
+        B numbers, from 0 in order of appearance in the group; -1 where there is no answer.
     """
-    found = extract(text, think_end=think_end, last_number=last_number)
-    return None if found is None else _normal_form(found)
+    found = [extract(content(text), think_end=think_end, last_number=last_number) for text in completions]
+    keys = [None if text is None else (number, _key(text)) for text, number in zip(found, group, strict=True)]
+    known = [key for key in dict.fromkeys(keys) if key is not None]
+    alone = _failing([text for _, text in known], workers, seconds)
+    waiting = {number: [text for other, text in known if other == number] for number in dict.fromkeys(group)}
+    numbers: dict[tuple[int, str], int] = {}
+    for number in range(max(map(len, waiting.values()), default=0)):
+        # One class of every group at a time, that of its first answer which is in none yet.
+        pairs = [(texts[0], text) for texts in waiting.values() for text in texts[1:] if not alone & {texts[0], text}]
+        same = set(_agreeing(pairs, workers, seconds))
+        for name, texts in waiting.items():
+            joined = [text for text in texts if text == texts[0] or (texts[0], text) in same]
+            numbers |= {(name, text): number for text in joined}
+            waiting[name] = [text for text in texts if text not in joined]
+    return [-1 if key is None else numbers[key] for key in keys]
 
 
-def correct(text: str, gold: str, *, think_end: str | None = None, last_number: bool = False) -> bool:
-    """Whether the final answer of the completion `text` equals `gold`; arguments as in `accuracy`."""
-    found = extract(text, think_end=think_end, last_number=last_number)
-    return found is not None and equal(found, gold)
+def agree(pair: tuple[str, str]) -> bool:
+    """Whether two answers are equal, taken either way round. May hang or crash."""
+    return equal(*pair) or equal(*reversed(pair))
 
 
-def extract(text: str, *, think_end: str | None = None, last_number: bool = False) -> str | None:
-    """The final answer of a completion as written, or None; arguments as in `accuracy`.
-
-    What is longer than `MAX_CHARS` is no answer.
-    """
-    part = final_part(text, think_end)
-    found = None if part is None else _marked(part, last_number)
-    return found if found is not None and len(found) <= MAX_CHARS else None
+def _judged(items: Sequence[Item], workers: int | None, seconds: float) -> list[Outcome | None]:
+    known = [_obvious(item) for item in items]
+    results = iter(
+        _mapped(judge, [item for item, outcome in zip(items, known, strict=True) if outcome is None], workers, seconds)
+    )
+    return [outcome or next(results) for outcome in known]
 
 
-def parses(gold: str) -> bool:
-    """Whether a gold answer can be graded.
+def _mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int | None, seconds: float) -> list[Any]:
+    """The values of a function, an `Outcome` of `FAILURES` where there is none."""
+    from rltoken.rewards.grader import shared
 
-    That is: math-verify reads an expression, or the answer is a word or two of text. Prose (three words or more outside
-    LaTeX's text commands) is no answer, although math-verify would read it as a product of its letters.
-    """
-    gold = _clean(gold)
-    if not gold or len(gold) > MAX_CHARS or len(_WORDS.findall(_COMMAND.sub(" ", _TEXT_COMMAND.sub(" ", gold)))) > 2:
-        return False
-    return bool(_PLAIN_NUMBER.fullmatch(gold)) or _word(gold) is not None or _expression(gold) is not None
+    if not items:
+        return []
+    results = shared(workers=workers, seconds=seconds).map(function, items, cache=True)
+    return [Outcome(result.failure) if result.failure else result.value for result in results]
 
 
-@lru_cache(maxsize=65536)
-def equal(prediction: str, gold: str) -> bool:
-    """Whether two answers, as extracted, are equal.
-
-    Two plain words are compared as text, since math-verify takes unmarked words for products of letters; everything
-    else is math-verify's decision. The order matters to it: the gold answer decides how `x = 5` is read.
-    """
-    prediction, gold = _clean(prediction), _clean(gold)
-    if not prediction or not gold:
-        return False
-    if prediction == gold:
-        return True
-    words = _word(prediction), _word(gold)
-    if None not in words:
-        return words[0] == words[1]
-    parsed, parsed_gold = _expression(prediction), _expression(gold)
-    if parsed is None or parsed_gold is None:
-        return False
-    try:
-        return verify(parsed_gold, parsed, timeout_seconds=_seconds())
-    except TimeoutException:
-        return False
-
-
-def hard(expression: str) -> bool:
-    """Whether an expression is refused by its syntax, because evaluating it might never end."""
-    if len(expression) > MAX_CHARS or _nesting(expression) > MAX_NESTING:
-        return True
-    text = re.sub(r"\s+|\\(?:left|right|,|!|;|:)", "", expression).replace("**", "^")
-    if re.search(r"\d{5,}[)\]}]*!(?!=)|![)\]}]*!|\\binom\{?\d{5,}", text):
-        return True
-    largest = chained = 1
-    for base_end, exponent in _exponents(text):
-        # A tower may stand on a letter, as in e^{-x^2}, since sympy keeps that as it is.
-        if re.search(r"[\d)\]}]\^|!", exponent):
-            return True
-        power = max([1, *map(int, re.findall(r"\d+", exponent))])
-        # The exponents of nested groups, ((9^a)^b)^c, multiply; those of the terms of a polynomial do not.
-        if base_end in ")]}":
-            chained *= power
-        largest = max(largest, power)
-    return largest * chained > MAX_EXPONENT
-
-
-def _marked(part: str, last_number: bool) -> str | None:
-    """The answer that is marked as one, by a box before a header; else the last number, where that is wanted."""
-    if (boxed := last_box(part)) is not None:
-        return boxed
-    if headers := list(_HEADER.finditer(part)):
-        return _after_header(part[headers[-1].end() :].partition("\n")[0])
-    numbers = _NUMBER.findall(part) if last_number else []
-    return numbers[-1] if numbers else None
-
-
-def _after_header(line: str) -> str | None:
-    """The answer in what follows an answer header: a leading formula, a leading number with a unit, else the line."""
-    if formula := _FORMULA.match(line):
-        return next(filter(None, formula.groups())).strip()
-    if number := _NUMBER_WITH_UNIT.match(line):
-        return number["number"]
-    return line.strip(" \t*_").rstrip(".") or None
-
-
-def _clean(text: str) -> str:
-    """The answer without what wraps it: white space, math delimiters, bold marks, a full stop."""
-    text = text.strip()
-    while True:
-        before = text
-        for opened, closed in _WRAPPERS:
-            inside = text[len(opened) : -len(closed)]
-            if text.startswith(opened) and text.endswith(closed) and inside and closed not in inside:
-                text = inside.strip()
-        text = text.rstrip(".,;").strip()
-        if text == before:
-            return text
-
-
-def _word(text: str) -> str | None:
-    r"""The lower-case text of `\text{...}` or of a plain word of at least four letters, else None."""
-    inside = _TEXT_COMMAND.fullmatch(text)
-    plain = (inside[1] if inside else text).strip(" ()")
-    if inside or re.fullmatch(r"[A-Za-z]{4,}", plain):
-        return " ".join(plain.casefold().split()) or None
-    return None
-
-
-@lru_cache(maxsize=8192)
-def _expression(text: str) -> sympy.Basic | sympy.MatrixBase | None:
-    """What math-verify reads in an answer, or None if it reads nothing, or is not given it because it is `hard`."""
-    if hard(text):
+def _obvious(item: Item) -> Outcome | None:
+    """The outcome where all gold answers are bare numbers, and so is the prediction; None where it takes more."""
+    prediction, golds, rules = item
+    values = [_number(gold) for gold in golds]
+    if not values or None in values:
         return None
-    try:
-        # Several formulas, as in `$1$ and $2$`, already bring their delimiters.
-        source = text if re.search(r"(?<!\\)\$", text) else f"${_SPACING.sub('', _THOUSANDS.sub('', text))}$"
-        readings = (parse(source, targets, parsing_timeout=_seconds()) for targets in (_WITH_UNITS, _AS_WRITTEN))
-        return next((reading[0] for reading in readings if reading and not isinstance(reading[0], str)), None)
-    except (TimeoutException, RecursionError):
-        return None
+    if prediction is None:
+        return Outcome.NO_ANSWER
+    number = _number(prediction)
+    if number in values:
+        return Outcome.CORRECT
+    whole = number is not None and all(value.denominator == 1 for value in (number, *values))
+    return Outcome.WRONG if whole and rules.tolerance is None else None
 
 
-@lru_cache(maxsize=65536)
-def _normal_form(text: str) -> str | None:
-    text = _clean(text)
-    if number := _PLAIN_NUMBER.fullmatch(text):
-        return str(sympy.Rational(number[1] + number[2].replace(",", "")))
-    if (word := _word(text)) is not None:
-        return word
-    expression = _expression(text)
-    if expression is None:
-        return text.casefold() or None
-    constant = isinstance(expression, sympy.Expr) and not expression.free_symbols
-    try:
-        return str(timeout(_seconds())(expression.doit)() if constant else expression)
-    except (Exception, TimeoutException):  # sympy raises whatever its parts raise; the answer is known by its text then
-        return text.casefold()
+def _failing(texts: Sequence[str], workers: int | None, seconds: float) -> set[str]:
+    """The answers which the grader fails on already beside a bare number."""
+    texts = [text for text in texts if _number(text) is None]
+    found = _mapped(agree, [(text, "1") for text in texts], workers, seconds)
+    return {text for text, outcome in zip(texts, found, strict=True) if outcome in FAILURES}
 
 
-def _seconds() -> int | None:
-    """math-verify limits its time by a signal, which only the main thread can receive."""
-    return SECONDS if threading.current_thread() is threading.main_thread() else None
+def _agreeing(pairs: Sequence[tuple[str, str]], workers: int | None, seconds: float) -> list[tuple[str, str]]:
+    """The pairs that are equal; two different whole numbers are not."""
+    pairs = [pair for pair in pairs if not all(_whole(text) for text in pair)]
+    return [pair for pair, same in zip(pairs, _mapped(agree, pairs, workers, seconds), strict=True) if same is True]
 
 
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
+def _reward(outcome: Outcome | None, on_failure: float | None) -> float | None:
+    if outcome in FAILURES:
+        return on_failure
+    return None if outcome is None else float(outcome == Outcome.CORRECT)
 
 
-def _exponents(text: str) -> list[tuple[str, str]]:
-    """For each `^` the character before it and what stands behind it, a bracketed group or a single factor."""
-    exponents = []
-    for sign in re.finditer(r"\^", text):
-        start = end = sign.end()
-        depth = 0
-        while end < len(text):
-            depth += (text[end] in "([{") - (text[end] in ")]}")
-            end += 1
-            if depth <= 0 and not re.match(r"[\w.^]", text[end : end + 1]):
-                break
-        exponents.append((text[max(0, sign.start() - 1) : sign.start()], text[start:end]))
-    return exponents
+def _key(text: str) -> str:
+    number = _number(text)
+    return clean(text) if number is None else str(number)
+
+
+def _whole(text: str) -> bool:
+    number = _number(text)
+    return number is not None and number.denominator == 1
+
+
+def _number(text: str) -> Fraction | None:
+    digits = plain_number(clean(text)) if len(text) <= MAX_CHARS else None
+    return None if digits is None else Fraction(digits)
+
+
+def _golds(gold: Gold) -> tuple[str, ...]:
+    return tuple(map(str, gold)) if isinstance(gold, Sequence) and not isinstance(gold, str) else (str(gold),)

@@ -1,9 +1,9 @@
-"""Completions as text, and the part of them that holds the answer."""
+"""Completions as text, the part of them that holds the answer, and the boxes in it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 THINK_END = "</think>"
 
@@ -11,6 +11,11 @@ Completion = str | Sequence[dict[str, str]]
 """A completion as TRL hands it to a reward function: plain text, or messages whose last one is the assistant's."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BETWEEN_FORMULAS = re.compile(r"\\(?:q?quad|[\[\]() ,:;!])|\\text\s*|[${}]")
+_JOINED = re.compile(r"[\s,;]*(?:and|or)\s*|[^\w.]{0,10}")
+"""What may stand between two boxes that are one answer, `\\boxed{1}` and `\\boxed{2}`."""
+_MAX_JOINED = 32
 
 
 def content(completion: Completion) -> str:
@@ -39,27 +44,49 @@ def last_box(text: str) -> str | None:
 
     An escaped brace does not count as one. Takes time linear in the length of the text.
     """
+    return next((inside for _, _, inside in _boxes_from_the_end(text)), None)
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last box, with those of the boxes that it is joined to, or None.
+
+    `\boxed{1}` and `\boxed{2}` is the answer `1, 2`: a box is joined to the one before it by `and`, `or`, a comma, or
+    next to nothing. So a guess in two boxes is a pair, which equals neither of two single answers.
+    """
+    parts: list[str] = []
+    following = len(text)
+    for start, end, inside in _boxes_from_the_end(text):
+        if parts and not (end <= following and _joined(text, end, following) and len(parts) < _MAX_JOINED):
+            break
+        following = start
+        if inside not in parts:
+            parts.insert(0, inside)
+    return ", ".join(parts) or None
+
+
+def _joined(text: str, end: int, start: int) -> bool:
+    return start - end <= 70 and bool(_JOINED.fullmatch(_BETWEEN_FORMULAS.sub(" ", text[end:start]).strip()))
+
+
+def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, str]]:
+    """Start, end and content of each balanced box that is not empty, the last one first.
+
+    One at a time: the contents of boxes in boxes are together quadratic in the length of the text.
+    """
     boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    closing = _matching_braces(text)
+    closed = _matching_braces(text) if boxes else {}
     for box in reversed(boxes):
-        opened = box.end() - 1
-        if opened in closing and (inside := text[opened + 1 : closing[opened]].strip()):
-            return inside
-    return None
+        end = closed.get(box.end() - 1)
+        if end is not None and (inside := text[box.end() : end].strip()):
+            yield box.start(), end + 1, inside
 
 
 def _matching_braces(text: str) -> dict[int, int]:
     """Position of each balanced `{` -> position of its `}`."""
-    pairs, opened, escaped = {}, [], False
-    for position, character in enumerate(text):
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character == "{":
-            opened.append(position)
-        elif character == "}" and opened:
-            pairs[opened.pop()] = position
+    pairs, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            pairs[opened.pop()] = brace.start()
     return pairs

@@ -53,7 +53,7 @@ READ = {
     "model": ("source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora"),
     "model.forced": ("ellipsis", "header", "stops"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
-    "reward": ("funcs", "weights", "on_error", "answer"),
+    "reward": ("funcs", "weights", "on_error", "classes"),
 }
 """What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
 
@@ -280,7 +280,7 @@ def check_values(cfg: DictConfig) -> None:
 
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
-    least |= {"eval.max_answer_tokens": 1}
+    least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1}
     if isinstance(cfg.rollout.pack_tokens, str) and cfg.rollout.pack_tokens != "auto":
         raise UserError(f"rollout.pack_tokens: {cfg.rollout.pack_tokens!r} is no number; set auto, null or a number.")
     for key, smallest in {**least, "rollout.pack_tokens": 1}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import random
 from collections import Counter
@@ -15,13 +16,17 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from rltoken.errors import UserError, first_line
-from rltoken.rewards.math import parses
+from rltoken.rewards.math import gradable
 from rltoken.rewards.text import last_box
 
 logger = logging.getLogger(__name__)
 
 Gold = Literal["auto", "plain", "hash", "boxed"]
 Role = Literal["train", "eval"]
+Candidate = tuple[int, object, object, list[str], str]
+"""Row, problem and gold answer as they stand in the source, gold answers as they are read, id."""
+CHUNK = 1024
+"""How many gold answers are tried at once, so that a small `limit` need not wait for all of them."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("problem", "question", "prompt"),
@@ -44,7 +49,7 @@ class _Kept:
 
     rows: list[int] = field(default_factory=list)
     prompts: list[list[dict[str, str]]] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)
+    answers: list[list[str]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -79,8 +84,9 @@ def load(
             missing or null means those of `COLUMNS`. Without an id column the id is made from the row's number.
         template: the user message; `{problem}` stands for the problem. A problem that already is a list of messages
             is taken as it is.
-        gold: how the answer column holds the answer: `plain`, `hash` (after the last ####, as GSM8K), `boxed` (in the
-            last box, as MATH's solutions), or `auto`: after #### if there is one, else in a box, else plain.
+        gold: how the answer column, or each item of a list in it, holds the answer: `plain`, `hash` (after the last
+            ####, as GSM8K), `boxed` (in the last box, as MATH's solutions), or `auto`: after #### if there is one, else
+            in a box, else plain.
         limit: at most this many problems, drawn with `seed`; None takes all in their order.
         seed: what `limit` draws with.
         max_unparsable: share of the problems looked at whose gold answer may be missing or unreadable before the whole
@@ -88,7 +94,8 @@ def load(
         role: `train` or `eval`; tells which setting an error names.
 
     Returns:
-        Columns `prompt` ([{"role": "user", "content": str}]), `answer` (str), `id` (str, unique) and the rest.
+        Columns `prompt` ([{"role": "user", "content": str}]), `answer` (str; a list of them for every problem where one
+        has several, any of which is right), `id` (str, unique) and the rest.
 
     Raises:
         UserError: no source, an unreadable source, a missing column, a template without `{problem}`, too many
@@ -107,7 +114,9 @@ def load(
     _report(kept, label, len(source), collisions)
     replaced = {*RESERVED, *COLUMNS, *found.values()}
     rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
-    made = Dataset.from_dict({"prompt": kept.prompts, "answer": kept.answers, "id": kept.ids})
+    several = any(len(golds) > 1 for golds in kept.answers)
+    answers = kept.answers if several else [golds[0] for golds in kept.answers]
+    made = Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
     return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
 
 
@@ -238,26 +247,32 @@ def _check(
 ) -> _Kept:
     """Look at rows in `order` until `limit` have passed."""
     kept, ids = _Kept(), set()
-    for row, problem, raw, identity in _rows(source, found, order, stem):
+    for (row, problem, raw, golds, identity), readable in _tried(_rows(source, found, order, stem, gold)):
         kept.seen += 1
-        prompt, answer = _messages(problem, template), _gold(raw, gold)
+        prompt = _messages(problem, template)
         if prompt is None:
             _drop(kept, "empty problem", f"{identity}: {_short(problem)}")
-        elif not answer:
+        elif not golds:
             _drop(kept, "empty gold answer", f"{identity}: {_short(raw)}")
-        elif not parses(answer):
-            _drop(kept, "unreadable gold answer", f"{identity}: {_short(answer)}")
+        elif not readable:
+            _drop(kept, "unreadable gold answer", f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
         elif identity in ids:
             _drop(kept, "repeated id", identity)
         else:
             ids.add(identity)
             kept.rows.append(row)
             kept.prompts.append(prompt)
-            kept.answers.append(answer)
+            kept.answers.append(golds)
             kept.ids.append(identity)
             if len(kept.rows) == limit:
                 break
     return kept
+
+
+def _tried(candidates: Iterator[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+    """Each with whether the grader can read any of its gold answers; in its processes, where one may hang."""
+    while chunk := list(itertools.islice(candidates, CHUNK)):
+        yield from zip(chunk, gradable([golds for _, _, _, golds, _ in chunk]), strict=True)
 
 
 def _drop(kept: _Kept, reason: str, example: str) -> None:
@@ -266,13 +281,14 @@ def _drop(kept: _Kept, reason: str, example: str) -> None:
 
 
 def _rows(
-    source: Dataset, found: Mapping[str, str | None], order: Sequence[int], stem: str
-) -> Iterator[tuple[int, object, object, str]]:
+    source: Dataset, found: Mapping[str, str | None], order: Sequence[int], stem: str, gold: Gold
+) -> Iterator[Candidate]:
     problems, answers = source[found["prompt"]][:], source[found["answer"]][:]
     identities = source[found["id"]][:] if found["id"] else None
     for row in order:
         given = None if identities is None else identities[row]
-        yield row, problems[row], answers[row], f"{stem}-{row}" if given is None else str(given)
+        identity = f"{stem}-{row}" if given is None else str(given)
+        yield row, problems[row], answers[row], _golds(answers[row], gold), identity
 
 
 def _messages(problem: object, template: str) -> list[dict[str, str]] | None:
@@ -286,10 +302,14 @@ def _messages(problem: object, template: str) -> list[dict[str, str]] | None:
     return None
 
 
+def _golds(raw: object, gold: Gold) -> list[str]:
+    """The gold answers in a raw value; none where one of them is missing."""
+    found = [_gold(item, gold) for item in (raw if isinstance(raw, list) else [raw])]
+    return found if all(found) else []
+
+
 def _gold(raw: object, gold: Gold) -> str:
-    """The gold answer in a raw value, "" where there is none or more than one."""
-    if isinstance(raw, list):
-        raw = raw[0] if len(raw) == 1 else None
+    """The gold answer in a raw value, "" where there is none."""
     if raw is None:
         return ""
     text = str(raw).strip()

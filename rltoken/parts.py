@@ -38,10 +38,10 @@ def model(section: DictConfig, path: str) -> PreTrainedModel:
 
 
 def rewards(section: DictConfig) -> tuple[dict[str, Callable[..., Any]], list[float] | None, Callable[..., Any] | None]:
-    """The reward functions under the names of the section `reward`, which TRL's metrics then use; weights; answers."""
+    """The reward functions under the names of the section `reward`, which TRL's metrics then use; weights; classes."""
     made = instantiate(section)
     funcs = {name: guarded(func, name=name, on_error=section.on_error) for name, func in made.funcs.items()}
-    return funcs, None if made.weights is None else list(made.weights), made.answer
+    return funcs, None if made.weights is None else list(made.weights), made.classes
 
 
 def correctness(funcs: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:

@@ -25,6 +25,9 @@ ROWS = (
     ("completion tokens, mean", "completion_tokens", "{:.1f}", None),
     ("completions cut", "truncated", "{:.1%}", None),
 )
+COUNTED = ("outcomes", "forced_outcomes")
+PLAIN = {"correct", "wrong"}
+"""Outcomes that the accuracies tell already."""
 PALETTE = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLOURS = {"before": "#999999", "after": "#0072B2", "curve": "#D55E00"}
 """Both from the palette of Okabe and Ito, told apart by colour-blind readers too."""
@@ -44,7 +47,15 @@ def table(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, key, form, half_width in ROWS:
         if all(key in metrics for metrics in numbers):
             made.add_row(label, *(cell(metrics, key, form, half_width) for metrics in numbers))
+    for outcome in sorted({name for metrics in numbers for kind in COUNTED for name in metrics.get(kind, {})} - PLAIN):
+        made.add_row(f"graded as {outcome.replace('_', ' ')}", *(counts(metrics, outcome) for metrics in numbers))
     return made
+
+
+def counts(metrics: Mapping[str, Any], outcome: str) -> str:
+    """How many completions, and how many forced answers, met an outcome of the grader."""
+    completions, forced = (metrics.get(kind, {}).get(outcome, 0) for kind in COUNTED)
+    return f"{completions}" + (f", {forced} forced" if metrics.get(COUNTED[1]) else "")
 
 
 def cell(metrics: Mapping[str, Any], key: str, form: str, half_width: str | None) -> str:

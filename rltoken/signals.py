@@ -113,16 +113,6 @@ def correctness(names: Sequence[str]) -> int:
     return names.index("accuracy") if "accuracy" in names else 0
 
 
-def answer_classes(answers: Sequence[str | None], group: Sequence[int]) -> list[int]:
-    """Number the distinct answers of each group from 0 in order of appearance; -1 where there is no answer."""
-    seen: dict[int, dict[str, int]] = {}
-    classes = []
-    for answer, number in zip(answers, group, strict=True):
-        known = seen.setdefault(number, {})
-        classes.append(-1 if answer is None else known.setdefault(answer, len(known)))
-    return classes
-
-
 def window_rng(seed: int, window: int, device: torch.device) -> torch.Generator:
     """A generator that depends on the seed and the window's number only: ranks, and a resumed run, draw alike."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + window)
@@ -136,7 +126,7 @@ def sampled_makers(
     *,
     think_end_id: int | None,
     ends: frozenset[int],
-    answer_fn: Callable[[str], str | None] | None,
+    classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None,
     progress: Progress,
     rng: torch.Generator,
 ) -> dict[str, Callable[[], Any]]:
@@ -147,7 +137,7 @@ def sampled_makers(
         texts: gives the completion of each row, once somebody asks.
         think_end_id: the token that ends thinking, or None.
         ends: the tokens that end a sequence.
-        answer_fn: text -> final answer in a normal form, or None where there is none.
+        classes: (texts, group numbers) -> number of each final answer within its group, -1 where there is none.
     """
     device = rng.device
 
@@ -162,7 +152,7 @@ def sampled_makers(
         "lengths": lambda: whole([len(row) for row in ids]),
         "thinking_lengths": lambda: whole([thinking_length(row, think_end_id) for row in ids]),
         "truncated": lambda: whole([not row or row[-1] not in ends for row in ids]),
-        "answers": lambda: whole(answer_classes([answer_fn(plain_text(text)) for text in texts()], group)),
+        "answers": lambda: whole(classes([plain_text(text) for text in texts()], group)),
         "progress": lambda: progress,
         "rng": lambda: rng,
     }

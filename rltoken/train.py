@@ -162,7 +162,7 @@ def assemble(
         train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
     if runs.is_main_process():
         warn_shared(train, evaluation)
-    funcs, weights, answer = parts.rewards(cfg.reward)
+    funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
     trainer = TokenGRPOTrainer(
         model=parts.model(cfg.model, path),
@@ -178,7 +178,7 @@ def assemble(
         pack_tokens=cfg.rollout.pack_tokens,
         batch_rows=cfg.rollout.batch_rows,
         normaliser=cfg.rollout.normaliser,
-        answer_fn=answer,
+        classes=classes,
     )
     drop_printing_callbacks(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)

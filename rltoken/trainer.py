@@ -45,7 +45,8 @@ class TokenGRPOTrainer(SeamTrainer):
         batch_rows: how many answers transformers samples at once where they are forced; None: all of them.
         normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
             only) or 'all'.
-        answer_fn: text -> final answer in a normal form or None; needed by stages that name `answers`.
+        classes: (texts, group numbers) -> which final answers of a group are one and the same, as
+            `rltoken.rewards.math.classes`; needed by stages that name `answers`.
 
     Raises:
         UserError: a combination that makes no sense, before anything is sampled.
@@ -59,12 +60,12 @@ class TokenGRPOTrainer(SeamTrainer):
         pack_tokens: int | str | None = None,
         batch_rows: int | None = None,
         normaliser: str = "thinking",
-        answer_fn: Callable[[str], str | None] | None = None,
+        classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
-        self.answer_fn = answer_fn
+        self.classes = classes
         self._rng: torch.Generator | None = None
         self._windows = 0
         self._thinking_ends: tuple[int, ...] = ()
@@ -294,7 +295,7 @@ class TokenGRPOTrainer(SeamTrainer):
             group,
             think_end_id=self.template.think_end_id,
             ends=self._ends.union(self._thinking_ends),
-            answer_fn=self.answer_fn,
+            classes=self.classes,
             progress=self.progress,
             rng=self._rng,
         )
@@ -560,8 +561,11 @@ class TokenGRPOTrainer(SeamTrainer):
                 "trainer.router_aux_loss_coef: the router loss of a mixture of experts would be counted once per pack "
                 "and for added rows too; set it to 0, or leave out rollout.pack_tokens and rows stages."
             )
-        if self.pipeline.needs("answers") and self.answer_fn is None:
-            raise UserError("reward.answer: a stage names the signal 'answers'; set a function text -> answer or None.")
+        if self.pipeline.needs("answers") and self.classes is None:
+            raise UserError(
+                "reward.classes: a stage names the signal 'answers'; set a function (texts, group) -> number of each "
+                "answer in its group, such as rltoken.rewards.math.classes."
+            )
         if {"image", "images"} & set(self.train_dataset.column_names or ()):
             raise UserError(
                 "data: the data set has an image column, and rltoken trains on text only; remove the column."

@@ -119,7 +119,7 @@ class Timed(TokenGRPOTrainer):
 def make(cfg, folder, output_dir, callback, *, stock):
     """A trainer of the configuration: TRL's own, or ours with the configured pipeline."""
     tokenizer = parts.tokenizer(cfg.model, folder)
-    funcs, weights, answer = parts.rewards(cfg.reward)
+    funcs, weights, classes = parts.rewards(cfg.reward)
     args = to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed)
     args.reward_weights = weights or args.reward_weights
     options = {} if stock else {
@@ -128,7 +128,7 @@ def make(cfg, folder, output_dir, callback, *, stock):
         "pack_tokens": cfg.rollout.pack_tokens,
         "batch_rows": cfg.rollout.batch_rows,
         "normaliser": cfg.rollout.normaliser,
-        "answer_fn": answer,
+        "classes": classes,
     }  # fmt: skip
     trainer = (GRPOTrainer if stock else Timed)(
         model=parts.model(cfg.model, folder),

@@ -6,6 +6,8 @@ work; every global random state is left as it was.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +22,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rltoken.errors import UserError
-from rltoken.evals.metrics import AT_BUDGET
+from rltoken.evals.metrics import AT_BUDGET, MALFORMED, OUTCOME, UNGRADED
+from rltoken.rewards.outcomes import Outcome
 from rltoken.rng import forked_rng
 from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, until_end, well_formed
 from rltoken.signals import plain_text, thinking_length
 from rltoken.types import Template
+
+Graded = tuple[float, str]
+"""Correctness, and what became of the grading (`rltoken.rewards.outcomes`)."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,8 @@ def evaluate(
         label: what the progress bar says.
 
     Returns:
-        One row per sample, on every process: id, sample, correct (0 or 1), thinking_tokens, completion_tokens,
-        truncated, text, and `correct@B` for every budget B.
+        One row per sample, on every process: id, sample, correct (0 or 1), outcome, thinking_tokens, completion_tokens,
+        truncated, text, and `correct@B` and `outcome@B` for every budget B.
 
     Raises:
         UserError: there are budgets and the template forces nothing.
@@ -153,27 +159,29 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     )["input_ids"]
     completions = generator.complete(prompts, settings.max_new_tokens)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    correct = _correct(reward, examples, completions, texts)
+    graded = _graded(reward, examples, completions, texts)
     at_budgets = _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions)
     return [
         {
             "id": example["id"],
             "sample": sample,
             "correct": value,
+            OUTCOME: outcome,
             "thinking_tokens": thinking_length(ids, template.think_end_id),
             "completion_tokens": len(ids),
             "truncated": not ids or ids[-1] not in generator.ends,
             "text": plain_text(text),
-            **{f"{AT_BUDGET}{budget}": score for budget, score in zip(settings.budgets, scores, strict=True)},
+            **{f"{AT_BUDGET}{budget}": score for budget, (score, _) in zip(settings.budgets, forced, strict=True)},
+            **{f"{OUTCOME}@{budget}": told for budget, (_, told) in zip(settings.budgets, forced, strict=True)},
         }
-        for example, (_, sample), value, ids, text, scores in zip(
-            examples, batch, correct, completions, texts, at_budgets, strict=True
+        for example, (_, sample), (value, outcome), ids, text, forced in zip(
+            examples, batch, graded, completions, texts, at_budgets, strict=True
         )
     ]
 
 
-def _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions) -> list[list[float]]:
-    """Per completion its correctness at every budget, each from an answer forced there."""
+def _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions) -> list[list[Graded]]:
+    """Per completion its correctness and outcome at every budget, each from an answer forced there."""
     if not settings.budgets:
         return [[] for _ in completions]
     branches: list[tuple[int, Prefix, int]] = [
@@ -185,28 +193,37 @@ def _at_budgets(generator, tokenizer, reward, template, settings, examples, prom
     ]
     # sorted by length, so that a batch is not padded to the longest context of all
     order = sorted(range(len(branches)), key=lambda k: len(branches[k][1].ids))
-    scores = [0.0] * len(branches)
+    scores: list[Graded] = [(0.0, "")] * len(branches)
     for start in range(0, len(order), settings.batch_size):
         chosen = order[start : start + settings.batch_size]
         contexts = [prompts[branches[k][0]] + branches[k][1].ids for k in chosen]
         answers = generator.complete(contexts, settings.max_answer_tokens, template.stops)
         ids = [branches[k][1].ids + answer for k, answer in zip(chosen, answers, strict=True)]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        correct = _correct(reward, [examples[branches[k][0]] for k in chosen], ids, texts)
-        for k, answer, value in zip(chosen, answers, correct, strict=True):
-            scores[k] = value * well_formed(branches[k][1], answer, template, generator.ends)
-    found: list[list[float]] = [[] for _ in completions]
+        graded = _graded(reward, [examples[branches[k][0]] for k in chosen], ids, texts)
+        for k, answer, (value, outcome) in zip(chosen, answers, graded, strict=True):
+            formed = well_formed(branches[k][1], answer, template, generator.ends)
+            scores[k] = (value, outcome) if formed or not value else (0.0, MALFORMED)
+    found: list[list[Graded]] = [[] for _ in completions]
     for (i, _, shared), score in zip(branches, scores, strict=True):
         found[i] += [score] * shared
     return found
 
 
-def _correct(reward, examples, completions, texts) -> list[float]:
+def _graded(reward, examples, completions, texts) -> list[Graded]:
+    """Correctness and outcome of each completion; a reward function that logs no outcome is told by its value."""
+    logged: dict[str, list[Any]] = {}
     columns = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}
     values = reward(
         prompts=[example["prompt"] for example in examples],
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         completion_ids=completions,
+        log_extra=logged.__setitem__,
+        log_metric=lambda name, value: None,
         **columns,
     )
-    return [float(value or 0.0) for value in values]
+    if inspect.isawaitable(values):
+        values = asyncio.run(values)
+    told = [UNGRADED if value is None else Outcome.CORRECT if value > 0.5 else Outcome.WRONG for value in values]
+    outcomes = logged.get(OUTCOME, told)
+    return [(float(value or 0.0), str(outcome or UNGRADED)) for value, outcome in zip(values, outcomes, strict=True)]

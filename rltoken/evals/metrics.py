@@ -12,6 +12,11 @@ from scipy import stats
 
 AT_BUDGET = "correct@"
 """What the name of a column begins with that holds correctness at a budget; the budget in tokens follows."""
+OUTCOME = "outcome"
+"""The column that holds what became of the grading; `outcome@B` is that of the answer forced at budget B."""
+UNGRADED, MALFORMED = "ungraded", "malformed"
+"""Besides the outcomes of `rltoken.rewards.outcomes`: no gold answer to grade by; a right answer after thinking that
+was ended twice or abandoned."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,9 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         accuracy with its interval clustered by problem; thinking tokens (mean with interval, median, 95th percentile);
-        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples; and
-        what `under_budgets` gives. One problem alone has no interval: None.
+        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples; how many
+        completions and forced answers met each outcome of the grader; and what `under_budgets` gives. One problem alone
+        has no interval: None.
     """
     accuracy, thinking = clustered(table, "correct"), clustered(table, "thinking_tokens")
     return {
@@ -120,7 +126,14 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         "truncated": float(table["truncated"].mean()),
         "problems": int(table["id"].nunique()),
         "samples": len(table),
+        "outcomes": counted(table, [OUTCOME]),
+        "forced_outcomes": counted(table, [f"{OUTCOME}@{budget}" for budget in budgets_of(table)]),
     }
+
+
+def counted(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, int]:
+    """How often each outcome stands in the columns, the most frequent first."""
+    return {name: int(count) for name, count in table[columns].stack().value_counts().items()}
 
 
 def _finite(value: float) -> float | None:

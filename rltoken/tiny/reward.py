@@ -2,6 +2,8 @@
 
 import re
 
+from rltoken.rewards.outcomes import Outcome, log_outcomes
+from rltoken.rewards.text import content
 from rltoken.tiny.world import FORMATS, THINK_END
 
 _OPENINGS = "|".join(re.escape(" ".join(opening)) for opening in FORMATS if opening)
@@ -23,19 +25,33 @@ def answer(text: str) -> str | None:
     return str(int(found[1])) if found else None
 
 
-def accuracy(completions: list, answer: list[str], **_) -> list[float]:
+def accuracy(completions: list, answer: list[str], *, log_extra=None, log_metric=None, **_) -> list[float]:
     """1.0 where a completion has exactly one `</think>` and the right answer after it, else 0.0.
 
     Args:
         completions: As TRL passes them: conversations of one assistant message, or plain strings.
         answer: The gold answers, as many.
+        log_extra, log_metric: TRL's; they get the outcomes as `rltoken.rewards.math.accuracy` logs them.
 
     Returns:
         One reward per completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
-    return [float(_extract(text) == gold) for text, gold in zip(texts, answer, strict=True)]
+    outcomes = [_outcome(content(text), gold) for text, gold in zip(completions, answer, strict=True)]
+    log_outcomes(outcomes, log_extra, log_metric)
+    return [float(outcome == Outcome.CORRECT) for outcome in outcomes]
 
 
-# The gold column must be called `answer`, which hides the function of that name inside `accuracy`.
-_extract = answer
+def classes(completions: list, group: list[int]) -> list[int]:
+    """Number the different answers of each group from 0 in order of appearance; -1 where there is none."""
+    seen: dict[int, dict[str, int]] = {}
+    found = [
+        (seen.setdefault(number, {}), answer(content(text))) for text, number in zip(completions, group, strict=True)
+    ]
+    return [-1 if text is None else known.setdefault(text, len(known)) for known, text in found]
+
+
+def _outcome(text: str, gold: str) -> Outcome:
+    found = answer(text)
+    if found is None:
+        return Outcome.NO_ANSWER
+    return Outcome.CORRECT if found == gold else Outcome.WRONG

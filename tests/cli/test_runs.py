@@ -211,9 +211,14 @@ def test_intervals_are_clustered_by_problem():
     # two problems with means 1 and 0: s = 0.707107, t(0.975, 1) = 12.706205
     assert clustered(table, "correct").half_width == pytest.approx(12.706205 * 0.707107 / 2**0.5, rel=1e-5)
     table = table.assign(thinking_tokens=[1, 2, 3, 4], completion_tokens=5, truncated=[True, False, False, False])
+    table = table.assign(outcome=["correct", "correct", "timed_out", "wrong"]).assign(
+        **{"correct@4": 0.0, "outcome@4": ["wrong", "malformed", "wrong", "wrong"]}
+    )
     numbers = summary(table)
     assert numbers["accuracy"] == 0.5 and numbers["thinking_tokens"] == 2.5 and numbers["truncated"] == 0.25
     assert (numbers["problems"], numbers["samples"]) == (2, 4)
+    assert numbers["outcomes"] == {"correct": 2, "timed_out": 1, "wrong": 1}
+    assert numbers["forced_outcomes"] == {"wrong": 3, "malformed": 1}
 
 
 def test_one_problem_has_no_interval_and_reports_stay_json(cli):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rltoken.data import check_prompt_lengths, load, warn_shared
 from rltoken.errors import UserError
+from rltoken.rewards.math import accuracy
 
 GSM8K = [
     {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
@@ -289,9 +290,23 @@ def test_the_reward_group_follows_the_models_end_of_thinking():
     assert instantiate(config.reward.funcs.accuracy)([r"\boxed{7}"], answer=["7"]) == [1.0]
     config.model.think_end = "</think>"
     assert instantiate(config.reward.funcs.accuracy)([r"\boxed{7}"], answer=["7"]) == [0.0]
-    assert instantiate(config.reward.answer)(r"</think>\boxed{0.5}") == "1/2"
+    texts = [r"</think>\boxed{0.5}", r"\boxed{0.5}", r"</think>\boxed{\frac12}", r"</think>\boxed{7}"]
+    assert instantiate(config.reward.classes)(texts, [0] * 4) == [0, -1, 0, 1]
 
 
 def test_published_data_sets_load_whole(data_dir):
     for name, rows in (("gsm8k_train", 7473), ("gsm8k_test", 1319), ("math500", 500)):
         assert len(load(path=str(data_dir / f"{name}.jsonl"))) == rows
+
+
+def test_several_gold_answers_are_kept_where_a_problem_has_them(tmp_path):
+    rows = [
+        {"problem": "a?", "answer": ["1", r"\boxed{2}"]},
+        {"problem": "b?", "answer": ["3"]},
+        {"problem": "c?", "answer": ["4", None]},
+        {"problem": "d?", "answer": []},
+    ]
+    data = load(path=write(tmp_path / "many.jsonl", rows), max_unparsable=0.5)
+    assert data["answer"][:] == [["1", "2"], ["3"]]
+    assert load(path=write(tmp_path / "one.jsonl", rows[1:2]))["answer"][:] == ["3"]
+    assert accuracy([r"\boxed{2}", r"\boxed{4}"], data["answer"][:]) == [1.0, 0.0]

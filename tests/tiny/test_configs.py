@@ -46,4 +46,4 @@ def test_the_reward_configuration_gives_reward_functions(config):
     reward = instantiate(config.reward)
     text = "so 3 </think> 3"
     assert reward.funcs.accuracy(completions=[text], answer=["3"]) == [1.0]
-    assert reward.answer(text) == "3"
+    assert reward.classes([text, "3", "so 4 </think> 4", "</think> 3"], [0, 0, 0, 1]) == [0, -1, 1, 0]

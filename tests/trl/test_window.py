@@ -293,5 +293,5 @@ def test_what_a_stage_returns_is_checked(run, slot, stage, message):
 
 
 def test_answers_need_a_function(run):
-    with pytest.raises(UserError, match=r"reward\.answer: "):
+    with pytest.raises(UserError, match=r"reward\.classes: "):
         run({"shapes": {"vote": lambda answers, rewards: rewards}})

@@ -1,0 +1,260 @@
+r"""Whether two answers are equal, decided by math-verify.
+
+What it is not asked: bare numbers, words, option letters, numbers in a base and times, which it misreads; and what
+`rltoken.rewards.limits.hard` refuses. Its own time limits are off, since they need the main thread and cannot interrupt
+C code: what a model wrote is compared in a process that can be killed, `rltoken.rewards.grader`.
+
+Units are taken off before the comparison (`5 cm` equals `5`), as math-verify does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.core.relational import Relational
+
+from rltoken.rewards import notation
+from rltoken.rewards.extraction import MAX_CHARS
+from rltoken.rewards.limits import hard
+
+_TARGETS = (
+    LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
+)
+_COMMAND = re.compile(r"\\(?:text\w*|mbox|math(?:rm|bf|it|sf)|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_SPACING = re.compile(r"\s|\\(?:left|right)(?![A-Za-z])|\\[,!;: ]")
+_TUPLE = re.compile(r"(?:\\left)?\([^()]*\)")
+_SET = re.compile(r"(?:\\left)?\\\{[^()]*\\\}")
+_WORDS = re.compile(r"(?!(?:and|sqrt|sin|cos|tan|log|exp)\b)[A-Za-z]{3,}")
+
+Expression = sympy.Basic | sympy.MatrixBase
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counts as equal, besides what is.
+
+    Args:
+        tolerance: the largest relative difference of two numbers that are still equal, also inside tuples, intervals
+            and matrices; None for math-verify's six decimal places.
+        bare_percent: `50%` equals `50` too; otherwise it equals `0.5` alone.
+        strict: variables are told apart by their names; otherwise `f(x)` equals `f(y)`.
+    """
+
+    tolerance: float | None = None
+    bare_percent: bool = True
+    strict: bool = True
+
+
+DEFAULT = Rules()
+
+for _name in ("math_verify.parser", "math_verify.grader"):
+    # They warn once that a time limit is off, which is deliberate here.
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def equal(prediction: str, gold: str, rules: Rules = DEFAULT) -> bool:
+    """Whether two answers, as extracted, are equal. May hang or crash on what a model wrote.
+
+    The order matters to math-verify: the gold answer decides how `x = 5` is read.
+
+    Args:
+        prediction: an answer, not empty.
+        gold: the answer it should be.
+        rules: what counts as equal.
+
+    Raises:
+        Exception: whatever sympy raises.
+    """
+    prediction, gold = notation.clean(prediction), notation.clean(gold)
+    if not prediction or not gold:
+        return False
+    if _same_text(prediction, gold):
+        return True
+    if len(prediction) > MAX_CHARS or len(gold) > MAX_CHARS:
+        return False
+    decided = _without_algebra(prediction, gold)
+    if decided is not None:
+        return decided
+    return _equal_values(prediction, gold, rules)
+
+
+def readable(answer: str) -> bool:
+    """Whether an answer can be compared with another one by more than its text."""
+    answer = notation.clean(answer)
+    if not 0 < len(answer) <= MAX_CHARS:
+        return False
+    known = (notation.plain_number, notation.word, notation.only_option, notation.in_base, notation.time_of_day)
+    if any(read(answer) is not None for read in known):
+        return True
+    return _value(notation.without_degrees(notation.without_percent(answer))) is not None
+
+
+def parses(gold: str) -> bool:
+    """Whether a gold answer can be graded. May hang or crash on what it is given.
+
+    That is: it is readable, and no prose. More than three words outside LaTeX's text commands are prose.
+    """
+    return readable(gold) and not (notation.word(notation.clean(gold)) and _is_prose(gold))
+
+
+def _is_prose(text: str) -> bool:
+    return len(_WORDS.findall(_COMMAND.sub(" ", text))) > 3
+
+
+def _same_text(prediction: str, gold: str) -> bool:
+    return _SPACING.sub("", prediction) == _SPACING.sub("", gold)
+
+
+def _without_algebra(prediction: str, gold: str) -> bool | None:
+    """The verdict on what is compared as text or digits, None where math-verify is to decide."""
+    if (letter := notation.only_option(gold)) and (chosen := notation.option(prediction)):
+        return chosen == letter
+    letters = notation.options(prediction), notation.options(gold)
+    if None not in letters:
+        return letters[0] == letters[1]
+    words = notation.word(prediction), notation.word(gold)
+    if any(words):
+        return notation.letters(prediction) == notation.letters(gold)
+    times = notation.time_of_day(prediction), notation.time_of_day(gold)
+    if None not in times:
+        (*time, half), (*gold_time, gold_half) = times
+        return time == gold_time and (half == gold_half or not (half and gold_half))
+    based, gold_based = notation.in_base(prediction), notation.in_base(gold)
+    if based and gold_based:
+        return based == gold_based
+    if based or gold_based:
+        digits, other = (based[0], gold) if based else (gold_based[0], prediction)
+        return digits == other.strip().upper()
+    return None
+
+
+def _equal_values(prediction: str, gold: str, rules: Rules) -> bool:
+    prediction, gold = notation.point_for_comma(prediction, gold), notation.point_for_comma(gold, prediction)
+    if (_SET.fullmatch(prediction) and _TUPLE.fullmatch(gold)) or (
+        _SET.fullmatch(gold) and _TUPLE.fullmatch(prediction)
+    ):
+        return False
+    for without, unit, bare in (
+        (notation.without_percent, sympy.Rational(1, 100), rules.bare_percent),
+        (notation.without_degrees, sympy.pi / 180, True),
+    ):
+        plain, plain_gold = without(prediction), without(gold)
+        marked, gold_marked = plain != prediction, plain_gold != gold
+        if marked or gold_marked:
+            pair = _value(plain), _value(plain_gold)
+            if marked == gold_marked:
+                return _same(*pair, rules)
+            scaled = _times(pair[0], unit) if marked else pair[0], _times(pair[1], unit) if gold_marked else pair[1]
+            return (bare and _same(*pair, rules)) or _same(*scaled, rules)
+    if _same(_value(prediction), _value(gold), rules):
+        return True
+    shorter = notation.without_letter_unit(prediction)
+    return shorter != prediction and not re.search("[A-Za-z]", gold) and _same(_value(shorter), _value(gold), rules)
+
+
+def _same(prediction: Expression | None, gold: Expression | None, rules: Rules) -> bool:
+    if prediction is None or gold is None:
+        return False
+    if _verified(prediction, gold, rules.strict):
+        return not _lost_in_rounding(prediction, gold)
+    close = rules.tolerance is not None and _close(prediction, gold, rules.tolerance)
+    return bool(close or _same_number(prediction, gold))
+
+
+def _verified(prediction: Expression, gold: Expression, strict: bool) -> bool:
+    pair = _region(gold), _region(prediction)
+    try:
+        if verify(*pair, strict=strict, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True):
+            return True
+        return _chains(gold, prediction)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # it raises on what it cannot compare, such as x != 1 with x < 1
+        return False
+
+
+@lru_cache(maxsize=8192)
+def _value(answer: str) -> Expression | None:
+    """What math-verify reads in a clean answer, or None if it reads nothing or is not given it because it is `hard`."""
+    number = notation.plain_number(answer)
+    if number is not None:
+        return sympy.Float(number) if "." in number else sympy.Integer(number)
+    if hard(answer):
+        return None
+    source = notation.latex(answer)
+    if _is_prose(source):  # math-verify would read a product of letters, and take seconds for it
+        return None
+    found = parse(f"${source}$", _TARGETS, fallback_mode="no_fallback", parsing_timeout=None)
+    return _with_imaginary_unit(found[0]) if found else None
+
+
+def _with_imaginary_unit(expression: Expression) -> Expression:
+    """The expression with i as a number, which math-verify takes for a variable. Relations have none."""
+    if not any(symbol.name == "i" for symbol in expression.free_symbols) or expression.has(Relational):
+        return expression
+    return expression.subs({symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"})
+
+
+def _region(expression: Expression) -> Expression:
+    """Inequalities joined by "or" as the set of their solutions."""
+    inequalities = isinstance(expression, sympy.FiniteSet) and all(arg.is_Relational for arg in expression.args)
+    if not inequalities or len(expression.free_symbols) != 1 or expression.has(sympy.Eq, sympy.Ne):
+        return expression
+    return sympy.Union(*(arg.as_set() for arg in expression.args))
+
+
+def _chains(one: Expression, other: Expression) -> bool:
+    """Whether two chains of inequalities for one variable have the same solutions: `0 < x < 2` and `2 > x > 0`."""
+    if not isinstance(one, sympy.And) or not isinstance(other, sympy.And) or one.has(sympy.Eq, sympy.Ne):
+        return False
+    if len(one.free_symbols) != 1 or one.free_symbols != other.free_symbols:
+        return False
+    return sympy.And(*one.args).as_set() == sympy.And(*other.args).as_set()
+
+
+def _times(expression: Expression | None, factor: sympy.Expr) -> Expression | None:
+    return expression * factor if isinstance(expression, sympy.Expr) else None
+
+
+def _lost_in_rounding(one: Expression, other: Expression) -> bool:
+    """Whether two small numbers are equal only as math-verify rounds to decimal places: 0.0 and 10^{-9}."""
+    values = _number(one), _number(other)
+    if None in values or not 0 < max(map(abs, values)) < 1e-3:
+        return False
+    return abs(values[0] - values[1]) > 1e-3 * max(map(abs, values))
+
+
+def _same_number(one: Expression, other: Expression) -> bool:
+    """Whether two constants agree to twenty digits; math-verify leaves one unevaluated beside a bare number."""
+    if _number(one) is None or _number(other) is None or one.has(sympy.Float) or other.has(sympy.Float):
+        return False
+    return abs((one - other).evalf(30)) <= 1e-20 * min(1.0, abs(_number(other)))
+
+
+def _close(one: Expression, other: Expression, tolerance: float) -> bool:
+    """Whether two expressions differ by no more than a relative tolerance in their numbers."""
+    values = _number(one), _number(other)
+    if None not in values:
+        return abs(values[0] - values[1]) <= tolerance * abs(values[1])
+    if isinstance(one, sympy.MatrixBase) and isinstance(other, sympy.MatrixBase) and one.shape == other.shape:
+        return all(_close(left, right, tolerance) for left, right in zip(one.flat(), other.flat(), strict=True))
+    parts = getattr(one, "args", ()), getattr(other, "args", ())
+    if type(one) is not type(other) or len(parts[0]) != len(parts[1]) or not parts[0]:
+        return one == other
+    return all(_close(left, right, tolerance) for left, right in zip(*parts, strict=True))
+
+
+def _number(expression: Expression) -> complex | None:
+    if not isinstance(expression, sympy.Expr) or not expression.is_number:
+        return None
+    try:
+        value = complex(expression.evalf())
+    except TypeError:  # a constant without a value, such as a limit that does not exist
+        return None
+    return value if math.isfinite(abs(value)) else None

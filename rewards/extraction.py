@@ -1,0 +1,127 @@
+r"""Where the final answer of a completion stands.
+
+After the end of thinking, in the last balanced `\boxed{...}`, unless "The final answer is ..." follows it; else after
+the last `####` or answer header ("The answer is ...", "Answer: ..."); else, only when `last_number` asks for it, the
+last formula or number of the text. Everything here takes time linear in the length of the text, so that completions of
+megabytes are no danger.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable
+
+from rltoken.rewards.text import boxed_answer, final_part
+
+MAX_CHARS = 500
+"""The longest answer that is looked at; the longest gold answer of MATH, AIME and OlympiadBench has 204 characters."""
+_WINDOW = 4 * MAX_CHARS
+
+_HEADER = re.compile(
+    r"(?:####|\banswer\s*(?:is\b|[:=])|\bfinal\s+answer\b\**[ \t]*\n)(?:that\b|therefore\b|[:*_\s])*",
+    re.IGNORECASE,
+)
+_FINAL = re.compile(r"\bfinal\s+answer\s+is[:*\s]*", re.IGNORECASE)
+# A formula never holds the sign that opens it: what is not closed then costs no second look at the rest of the text.
+_FORMULA = (
+    r"(?<![\\\d])\$\$?(?P<dollar{0}>(?:\\.|[^$\\])+)\$\$?(?!\d)"
+    r"|\\\((?P<inline{0}>(?:(?!\\[()]).)+)\\\)|\\\[(?P<display{0}>(?:(?!\\[\[\]]).)+)\\\]"
+)
+_ONE_FORMULA = re.compile(_FORMULA.format(""), re.DOTALL)
+_FORMULAS = re.compile(
+    rf"(?:{_FORMULA.format(1)})(?:\s*(?:,|;|,?\s*and|,?\s*or)\s*(?:{_FORMULA.format(2)}))+", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9])(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:[.,]\d+)?(?:/\d+)?|\.\d+)", re.ASCII
+)
+_NUMBER_WITH_UNIT = re.compile(
+    rf"[$€£]?(?P<number>{_NUMBER.pattern})[ ](?!and|or|sqrt|times|plus|minus)[A-Za-z]{{3,}}", re.ASCII
+)
+_OPTION = re.compile(r"(?:\(([A-Ja-j])\)|\b([A-J])(?=[.):]|\s*$))(?!\s*[\\^_+*/=<>(-])")
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|<\|")
+_TEXT_COMMANDS = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?")
+_PROSE = re.compile(r"(?!(?:sqrt|sin|cos|tan|log|exp|infinity)\b)[A-Za-z]{3,}\b(?!\()")
+
+
+def extract(text: str, *, think_end: str | None = None, last_number: bool = False) -> str | None:
+    """The final answer of a completion as written, or None.
+
+    Args:
+        text: a whole completion.
+        think_end: the marker that must precede an answer (`rltoken.rewards.text.final_part`).
+        last_number: take the last formula or number of the final part where no answer is marked as such.
+
+    Returns:
+        The answer, not empty and of at most `MAX_CHARS` characters; what is longer is no answer.
+    """
+    part = final_part(text, think_end)
+    if part is None:
+        return None
+    found = (
+        _after_last_box(part)
+        or boxed_answer(part)
+        or _after_last_header(part)
+        or (_last_formula_or_number(part) if last_number else None)
+    )
+    return found if found and len(found) <= MAX_CHARS else None
+
+
+def _after_last_box(part: str) -> str | None:
+    """The formula or number after "The final answer is", where that follows the last box and so is the last word."""
+    tail = part[part.rfind("\\boxed") :] if "\\boxed" in part else ""
+    for header in reversed(list(_FINAL.finditer(tail))):
+        if formula := _ONE_FORMULA.match(tail, header.end()):
+            return _inside(formula)
+        if number := _NUMBER.match(tail, header.end()):
+            return number[0]
+    return None
+
+
+def _after_last_header(part: str) -> str | None:
+    for header in reversed(list(_HEADER.finditer(part))):
+        if found := _after_header(part[header.end() : header.end() + _WINDOW]):
+            return found
+    return None
+
+
+def _after_header(rest: str) -> str | None:
+    """The answer in what follows an answer header.
+
+    Leading formulas, a leading number with a unit, or a leading option letter; else the first sentence, or the last
+    formula or number in it where it begins in prose ("The answer is the sum, 5").
+    """
+    if formulas := _FORMULAS.match(rest):
+        return formulas[0]
+    if (formula := _ONE_FORMULA.match(rest)) and _is_formula(formula):
+        return _inside(formula)
+    sentence = _SENTENCE_END.split(rest.partition("\n")[0], maxsplit=1)[0].strip(" \t*_")
+    if number := _NUMBER_WITH_UNIT.match(sentence):
+        return number["number"]
+    if option := _OPTION.match(sentence):
+        return option[1] or option[2]
+    if _PROSE.match(sentence):
+        return _last_formula_or_number(sentence) or sentence
+    return sentence or None
+
+
+def _last_formula_or_number(text: str) -> str | None:
+    formula = _last(found for found in _ONE_FORMULA.finditer(text) if _is_formula(found))
+    number = _last(_NUMBER.finditer(text))
+    if formula and (number is None or formula.end() >= number.end()):
+        return _inside(formula)
+    return number[0] if number else None
+
+
+def _last(found: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    return next(iter(deque(found, maxlen=1)), None)
+
+
+def _inside(formula: re.Match[str]) -> str:
+    return next(filter(None, formula.groups())).strip()
+
+
+def _is_formula(formula: re.Match[str]) -> bool:
+    """Whether it is one, and not what stands between two amounts of dollars."""
+    inside = _inside(formula)
+    return bool(inside) and len(_PROSE.findall(_TEXT_COMMANDS.sub(" ", inside[:_WINDOW]))) < 2

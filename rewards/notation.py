@@ -1,0 +1,221 @@
+r"""Answers as people and models write them, put into the LaTeX that math-verify reads rightly.
+
+Most of what stands here is for a notation that math-verify 0.9 misreads, at times as another value: `(2)(3)` as 5,
+`1e5` as 5e, `1 000` as 0, `0.\overline{3}` as 0, `\langle 1,2 \rangle` as 1.2, `6m` as 6.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_SIGNS = str.maketrans(
+    {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": r"\times ", "·": r"\cdot ", "÷": r"\div "}
+    | {"°": r"^\circ ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm "}
+    | {"√": r"\sqrt ", "\N{UNION}": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⟨": "(", "⟩": ")"}
+    | {"€": r"\$", "£": r"\$", "¥": r"\$"}
+    | {"²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23"}
+    | dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
+)
+"""Signs -> LaTeX; marks of no width and of direction -> nothing."""
+
+_INFINITY = re.compile(r"(?<![\\A-Za-z{])infinity\b")
+_WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+_TEXT_COMMAND = r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
+_TEXT = re.compile(_TEXT_COMMAND + r"\{([^{}]*)\}")
+_PHRASE = re.compile(r"[^\W\d_]+(?:[\s'.-]+[^\W\d_]+)*")
+_LONG_WORD = re.compile(r"[^\W\d_]{4}")
+_OPTION = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\(([A-J])\)|([A-J])(?=[.):]|\s*$))[.):]*(?:\s+[^\s+*/=^<>-].*)?", re.I | re.DOTALL
+)
+_ONLY_OPTION = re.compile(r"\(?([A-J])\)?[.:]?", re.I)
+_OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:,| and |, and )\s*\(?[A-J]\)?)+")
+_IN_BASE = re.compile(r"([0-9A-F]*[0-9][0-9A-F]*)_(?:\{\s*(\d+)\s*\}|(\d))", re.I)
+_TIME = re.compile(r"(\d{1,2})(?:\\!)?:(?:\\!)?([0-5]\d)(?![\d:])[^\dA-Za-z]*([ap]?)\D*", re.I)
+_PLAIN = re.compile(r"\\?\$?\s*([-+]?)\\?\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"-?(?!\d{1,3}(?:,\d{3})+$)\d+,\d+|-?0,\d{3}", re.ASCII)
+_PERCENT = re.compile(
+    r"\s*(?:\\text\w*\s*\{\s*(?:\\?%|percent|percentage|pct)\s*\}|\\?%|\b(?:percent|percentage|pct)\b)"
+)
+_DEGREE = re.compile(r"\s*\^?\s*\{?\s*\\circ\s*\}?|\s*(?:\\text\w*\s*\{\s*)?\bdegrees?\b(?:\s*\})?")
+
+_SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", re.ASCII)
+_MIXED = re.compile(r"(-?\d+)\s+(\d+)/(\d+)", re.ASCII)
+_COMMAS = re.compile(r"(?<![\d.])\d[\d.]*(?:,-?\d[\d.]*)+")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII)
+# Each word ends where its letters end and has one separator before it, so that there is one way only to split a text.
+_MEASURE = (
+    r"(?:(?:(?:square|cubic|sq|cu)\s+)?"
+    r"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc]l|sec|min|hrs?|mph|[ap]\.?m|[A-Za-z]{3,})(?![A-Za-z])\.?)"
+)
+_MARKED = rf"{_TEXT_COMMAND}\{{[^{{}}]*\}}"
+_POWER = r"(?:\s*\^\s*\{?\d\}?)?"
+_WORDED_UNIT = re.compile(
+    rf"(?:(?<=\S)\s*{_MARKED}|(?<=[\d}})])\s*(?!(?:and|or|plus|minus|times|over|if|mod)\b){_MEASURE}){_POWER}"
+    rf"(?:(?:\s*/\s*|\s+per\s+|\s+|(?=\\))(?:{_MARKED}|{_MEASURE}|[hs]\b){_POWER})*\.?$"
+)
+_LETTER_UNIT = re.compile(rf"(?<=\d)\s*[mgslhLC]{_POWER}(?:\s*/\s*[hs]{_POWER})?$")
+_TRIGONOMETRIC = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?[)}]?", re.ASCII
+)
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\frac{\1}{\2}"),
+        (r"\\(?:mathrm|rm)\s*\{\s*([eid])\s*\}", r"\1"),
+        (r"^\\approx(?![A-Za-z])|\\phantom(?![A-Za-z])\s*(?:\{[^{}]*\})?", ""),
+        (r"_\{\s*\\(max|min)\s*\}", r"_{\1}"),
+        (r"^\\\{\s*\w\s*(?:\\mid|\||:)\s*(.+?)\s*\\\}$", r"\1"),
+        (r"^\\\{\s*(\([^()]*\))\s*\\\}$", r"\1"),
+        (r"\s*\(?\s*\\[pb]?mod(?![A-Za-z])\s*\{?\s*\w+\s*\}?\s*\)?$", ""),
+        (r"\\equiv(?![A-Za-z])", "="),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+        (r"\\left\s*(?:<|\\langle)|\\langle", "("),
+        (r"\\right\s*(?:>|\\rangle)|\\rangle", ")"),
+        (r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z{])(pi|sin|cos|tan|ln|log|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"(?<=\d)(?:,\\!|\{,\}|\\[,!]|~)\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<!\\)\\[!,;: ]|\\q?quad\b|~", " "),
+        (r"(?<![A-Za-z\\{_\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.])", r"\1\\times 10^{\2}"),
+        (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text\w*|mathrm|mbox)\s*\{)?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}*", ""),
+    )
+)
+
+
+def clean(text: str) -> str:
+    """An answer without what wraps it: white space, math delimiters, bold marks, a full stop, marks of no width.
+
+    White space in it is single spaces then, so that the patterns of this module cannot try many ways to split it.
+    """
+    text = " ".join(text.translate(_SIGNS).split())
+    text = _INFINITY.sub(r"\\infty", text)
+    while True:
+        before = text
+        for opened, closed in _WRAPPERS:
+            inside = text[len(opened) : -len(closed)]
+            if text.startswith(opened) and text.endswith(closed) and inside and closed not in inside:
+                text = inside.strip()
+        text = text.rstrip(".,;").strip()
+        if text == before:
+            return text
+
+
+def plain_number(text: str) -> str | None:
+    """The digits of a bare decimal number, without thousands separators and a sign for dollars, else None."""
+    number = _PLAIN.fullmatch(text)
+    if not number:
+        return None
+    whole, point, decimals = number[2].replace(",", "").rstrip(".").partition(".")
+    return f"{'-' if number[1] == '-' else ''}{whole.lstrip('0') or '0'}{point}{decimals}"
+
+
+def word(text: str) -> str | None:
+    r"""The lower-case text of `\text{...}`, or of a phrase with a word of at least four letters, else None."""
+    inside = _TEXT.sub(r" \1 ", text)
+    phrase = inside.strip(" ().")
+    if not _PHRASE.fullmatch(phrase) or not (inside != text or _LONG_WORD.search(phrase)):
+        return None
+    return " ".join(phrase.casefold().split())
+
+
+def letters(text: str) -> str:
+    """A text as it is compared with a `word`."""
+    return " ".join(_TEXT.sub(r" \1 ", text).strip(" ().").casefold().split())
+
+
+def only_option(text: str) -> str | None:
+    """The upper-case letter A to J of an answer that is nothing but an option, `(B)` or `\\text{B.}`, else None."""
+    found = _ONLY_OPTION.fullmatch(_TEXT.sub(r"\1", text).strip())
+    return found[1].upper() if found else None
+
+
+def option(text: str) -> str | None:
+    """The upper-case letter of an answer that chooses an option, `(B) 12`, else None."""
+    found = _OPTION.fullmatch(_TEXT.sub(r" \1 ", text).replace("\\", " ").strip())
+    return (found[1] or found[2]).upper() if found else None
+
+
+def options(text: str) -> set[str] | None:
+    """The letters of an answer that is nothing but several options, `A and (C)`, in upper case; else None."""
+    text = _TEXT.sub(r" \1 ", text).strip()
+    return set(re.findall("[A-J]", text)) if _OPTIONS.fullmatch(text) else None
+
+
+def in_base(text: str) -> tuple[str, int] | None:
+    """Digits and base of a number like `101_2`, else None."""
+    found = _IN_BASE.fullmatch(text)
+    return (found[1].upper(), int(found[2] or found[3])) if found else None
+
+
+def time_of_day(text: str) -> tuple[int, int, str] | None:
+    """Hour, minute and `a`, `p` or nothing for the half of the day of an answer like `10:30 a.m.`, else None."""
+    found = _TIME.fullmatch(_TEXT.sub(r" \1 ", text))
+    return (int(found[1]), int(found[2]), found[3].lower()) if found else None
+
+
+def point_for_comma(text: str, other: str) -> str:
+    """The decimal comma of `1000,99` as a point, where the answer it is compared with has a decimal point."""
+    return text.replace(",", ".") if "." in other and _DECIMAL_COMMA.fullmatch(text) else text
+
+
+def without_percent(text: str) -> str:
+    """An answer without its percent signs."""
+    return _PERCENT.sub("", text)
+
+
+def without_degrees(text: str) -> str:
+    """An answer without its degree signs; what a trigonometric function is taken of is put into radians."""
+    return _DEGREE.sub("", _TRIGONOMETRIC.sub(lambda found: _of_degrees(found[1], Fraction(found[2])), text))
+
+
+def without_letter_unit(text: str) -> str:
+    """An answer without a last `m`, `g`, `s` ..., which may be a unit or a variable."""
+    return _LETTER_UNIT.sub("", text)
+
+
+def latex(text: str) -> str:
+    """A clean answer as LaTeX for math-verify, without its unit."""
+    if _SPACED_THOUSANDS.fullmatch(text):
+        return text.replace(" ", "")
+    if mixed := _MIXED.fullmatch(text):
+        return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    text = re.sub(r"(?<!\\)\$|\\[()]", " ", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _REPEATING.sub(_as_fraction, text)
+    text = _WORDED_UNIT.sub("", text.strip())
+    text = _separate(text)
+    return text if "," in text else re.sub(r"\)\s*(\\left\s*)?\(", r")\\cdot \1(", text)
+
+
+def _separate(text: str) -> str:
+    """A space after each comma that separates, so that none is read as a thousands separator.
+
+    A comma between digits separates thousands where all of `1,234,567` looks so, unless it stands in brackets without
+    any other comma that has a space.
+    """
+    bracketed = text[:1] in "([" and ", " not in text
+
+    def spaced(run: re.Match[str]) -> str:
+        return run[0] if _THOUSANDS.fullmatch(run[0]) and not bracketed else run[0].replace(",", ", ")
+
+    return _COMMAS.sub(spaced, text)
+
+
+def _as_fraction(repeating: re.Match[str]) -> str:
+    whole, fixed, period = repeating.groups()
+    without_period = int((whole or "0") + fixed)
+    difference = int((whole or "0") + fixed + period) - without_period
+    return _fraction(Fraction(difference, 10 ** len(fixed + period) - 10 ** len(fixed)))
+
+
+def _of_degrees(function: str, degrees: Fraction) -> str:
+    radians = degrees / 180
+    return rf"{function}(\frac{{{radians.numerator}\pi}}{{{radians.denominator}}})"
+
+
+def _fraction(value: Fraction) -> str:
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
