@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from rltoken.rewards.equality import DEFAULT, Rules, equal, parses, readable
@@ -228,10 +229,11 @@ def _whole(text: str) -> bool:
     return number is not None and number.denominator == 1
 
 
+@lru_cache(maxsize=8192)
 def _number(text: str) -> Fraction | None:
     digits = plain_number(clean(text)) if len(text) <= MAX_CHARS else None
     return None if digits is None else Fraction(digits)
 
 
 def _golds(gold: Gold) -> tuple[str, ...]:
-    return tuple(map(str, gold)) if isinstance(gold, Sequence) and not isinstance(gold, str) else (str(gold),)
+    return (str(gold),) if isinstance(gold, str | int | float) else tuple(map(str, gold))

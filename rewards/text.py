@@ -74,17 +74,17 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, str]]:
     One at a time: the contents of boxes in boxes are together quadratic in the length of the text.
     """
     boxes = list(_BOX.finditer(text))
-    closed = _matching_braces(text) if boxes else {}
+    closed = _matching_braces(text, boxes[0].start()) if boxes else {}
     for box in reversed(boxes):
         end = closed.get(box.end() - 1)
         if end is not None and (inside := text[box.end() : end].strip()):
             yield box.start(), end + 1, inside
 
 
-def _matching_braces(text: str) -> dict[int, int]:
-    """Position of each balanced `{` -> position of its `}`."""
+def _matching_braces(text: str, start: int) -> dict[int, int]:
+    """Position of each balanced `{` from `start` on -> position of its `}`."""
     pairs, opened = {}, []
-    for brace in _BRACE.finditer(text):
+    for brace in _BRACE.finditer(text, start):
         if brace[0] == "{":
             opened.append(brace.start())
         elif brace[0] == "}" and opened:

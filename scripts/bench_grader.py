@@ -1,32 +1,38 @@
 #!/usr/bin/env python
-"""What the grader pool costs and gains: math-verify on completions in a plain loop, in the pool, and in its cache.
+"""What grading costs and gains against math-verify in a plain loop, in one process, by turns.
 
     python scripts/bench_grader.py                                    # expressions made here, one worker per usable CPU
-    python scripts/bench_grader.py --data ../shared/data/traces_qwen_math.jsonl --workers 2 --repeats 30
+    python scripts/bench_grader.py --data ../shared/data/traces_qwen_math.jsonl --workers 2 --repeats 15
 
-One item is a completion and its gold answer; its work is math-verify's `parse` of both and `verify`, with nothing kept
-between items but in the last arm. The loop runs in this process; the pool's workers have been started and have judged
-one pair before the first run. The arms take turns within one process, so that a busy machine slows all of them, and
-what is printed are ratios of the medians of their times, with the quartiles of the ratios of each turn. Verdicts of the
-arms are compared too. Absolute times depend on the machine and its neighbours; do not quote them.
+The loop calls math-verify's `parse` and `verify` on each completion and its gold answer. The arms: the same calls in
+the pool of `rltoken.rewards.grader`, and once more when all results are known; `rltoken.rewards.math.outcomes`, which
+decides bare numbers without math-verify, and once more when all are known. Each turn has new workers, started and
+warmed up before the clock, so that nothing is remembered but where it is said. What is printed are ratios of the
+medians, with the quartiles of the ratios of each turn. Absolute times depend on the machine and its neighbours; do not
+quote them.
 """
 
 import argparse
-import importlib
 import json
 import statistics
 import time
 from pathlib import Path
 
+import bench_grader
 from math_verify import parse, verify
 
-from rltoken.rewards.grader import Pool, shared
+from rltoken.rewards.grader import shared
+from rltoken.rewards.math import outcomes
 
 
 def judge(pair):
     """Whether math-verify finds a completion's answer equal to the gold answer."""
     completion, gold = pair
     return verify(parse(f"${gold}$"), parse(completion))
+
+
+FUNCTION = bench_grader.judge
+"""By the name under which workers can import it: not that of the main module."""
 
 
 def made_up(count):
@@ -56,29 +62,29 @@ def ratios(base, seconds):
     return f"{statistics.median(base) / statistics.median(seconds):8.2f}  ({low:.2f} to {high:.2f})"
 
 
-def measure(items, workers, repeats):
-    """Run the arms in turns: seconds of each by name, and the number of items whose verdict was not the loop's."""
-    # The workers cannot import the main module, but this file is one that they find, beside the script that runs.
-    function = importlib.import_module(Path(__file__).stem).judge
-    pool = Pool(workers=workers, seconds=60)
-    # One slow item per worker: otherwise a first worker does all of them before the last one is ready.
-    pool.map(time.sleep, [0.5] * workers)
-    pool.map(function, items[: 8 * workers])
-    pool.map(function, items, cache=True)
+def turn(items, workers, seconds):
+    """Each arm once, with new workers: its seconds, and its verdicts."""
+    pool = shared(workers=workers, seconds=seconds)
+    pool.map(time.sleep, [0.5] * workers)  # otherwise a first worker does all that follows before the others are ready
+    warm_up = made_up(16 * workers)
+    pool.map(FUNCTION, warm_up)
+    graded(warm_up, workers, seconds)
     arms = {
-        "loop": lambda: [function(item) for item in items],
-        "pool": lambda: [result.value for result in pool.map(function, items)],
-        "pool, all cached": lambda: [result.value for result in pool.map(function, items, cache=True)],
+        "loop": lambda: [judge(item) for item in items],
+        "the same in the pool": lambda: [result.value for result in pool.map(FUNCTION, items, cache=True)],
+        "again, all known": lambda: [result.value for result in pool.map(FUNCTION, items, cache=True)],
+        "rltoken.rewards.math": lambda: graded(items, workers, seconds),
+        "the same, all known": lambda: graded(items, workers, seconds),
     }
-    seconds, different = {name: [] for name in arms}, 0
-    for _ in range(repeats):
-        verdicts = {}
-        for name, arm in arms.items():
-            taken, verdicts[name] = seconds_of(arm)
-            seconds[name].append(taken)
-        different += sum(len(set(row)) > 1 for row in zip(*verdicts.values(), strict=True))
+    found = {name: seconds_of(arm) for name, arm in arms.items()}
     pool.close()
-    return seconds, different
+    return found
+
+
+def graded(items, workers, seconds):
+    """Whether each item is correct, as training would have it."""
+    completions, answers = zip(*items, strict=True)
+    return [outcome == "correct" for outcome in outcomes(completions, answers, workers=workers, seconds=seconds)]
 
 
 def main() -> None:
@@ -90,12 +96,15 @@ def main() -> None:
     options = parser.parse_args()
 
     items = read(options.data) if options.data else made_up(400)
-    seconds, different = measure(items, options.workers, options.repeats)
+    # another bound is another pool
+    turns = [turn(items, options.workers, 60.0 + number) for number in range(options.repeats)]
+    seconds = {name: [found[name][0] for found in turns] for name in turns[0]}
     print(f"{len(items)} items, {options.workers} workers, {options.repeats} turns; times faster than the loop:")
     for name, own in seconds.items():
+        different = sum(a != b for a, b in zip(turns[0][name][1], turns[0]["loop"][1], strict=True))
         each = statistics.median(own) / len(items)
-        print(f"  {name:18}{ratios(seconds['loop'], own)}   median {each * 1e3:.3f} ms an item")
-    print(f"verdicts that differ from the loop's: {different}")
+        told = f"median {each * 1e3:.3f} ms an item, {different} verdicts unlike the loop's"
+        print(f"  {name:22}{ratios(seconds['loop'], own)}   {told}")
 
 
 if __name__ == "__main__":
