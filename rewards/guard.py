@@ -43,6 +43,7 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
 
     @functools.wraps(func)
     def call(**columns: Any) -> list[float | None]:
+        """One reward per completion."""
         try:
             values = func(**columns)
         except Exception as error:
@@ -52,6 +53,7 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
 
     @functools.wraps(func)
     async def call_async(**columns: Any) -> list[float | None]:
+        """One reward per completion."""
         try:
             values = await func(**columns)
         except Exception as error:

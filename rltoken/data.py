@@ -114,10 +114,14 @@ def load(
     _report(kept, label, len(source), collisions)
     replaced = {*RESERVED, *COLUMNS, *found.values()}
     rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
+    made = _columns(kept)
+    return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
+
+
+def _columns(kept: _Kept) -> Dataset:
     several = any(len(golds) > 1 for golds in kept.answers)
     answers = kept.answers if several else [golds[0] for golds in kept.answers]
-    made = Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
-    return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
+    return Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
 
 
 def check_prompt_lengths(

@@ -93,29 +93,31 @@ def reward(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
+def arguments(out, rows, **changes):
+    """Two optimizer steps of groups of 4, `rows` of them on each rank."""
+    return GRPOConfig(
+        output_dir=out + ".run",
+        per_device_train_batch_size=int(rows),
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=2,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        shuffle_dataset=False,
+        **changes,
+    )
+
+
 def main(model, data, out, rows, method, loss_type, pack_tokens):
     """Two optimizer steps of 4 prompts x 4 generations, on however many ranks there are."""
     trainer = Replayed(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
-        args=GRPOConfig(
-            output_dir=out + ".run",
-            per_device_train_batch_size=int(rows),
-            num_generations=4,
-            max_completion_length=12,
-            max_steps=2,
-            learning_rate=1e-2,
-            optim="sgd",
-            loss_type=loss_type,
-            num_iterations=2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            shuffle_dataset=False,
-        ),
+        args=arguments(out, rows, learning_rate=1e-2, optim="sgd", loss_type=loss_type, num_iterations=2),
         train_dataset=load_from_disk(data),
         processing_class=AutoTokenizer.from_pretrained(model),
         pipeline=build(METHODS[method]),

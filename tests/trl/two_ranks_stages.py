@@ -8,8 +8,7 @@ from datasets import load_from_disk
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig
-from two_ranks import Replayed, reward
+from two_ranks import Replayed, arguments, reward
 
 from rltoken.cli import leave_process_group
 from rltoken.config import register_schemas
@@ -17,7 +16,6 @@ from rltoken.pipeline import build
 from rltoken.types import Template
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-LONGEST = 12
 SETTINGS = {
     "shape/tldr_style": ["+prompt=tldr_style"],
     "shape/l1_exact": ["+prompt=l1", "method.prompts.l1.least=2", "method.prompts.l1.most=8"],
@@ -75,21 +73,7 @@ def main(model, data, out, rows):
         trainer = SomeEnd(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=out + ".run",
-                per_device_train_batch_size=int(rows),
-                num_generations=4,
-                max_completion_length=LONGEST,
-                max_steps=2,
-                learning_rate=0.0,
-                bf16=False,
-                use_cpu=True,
-                gradient_checkpointing=False,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-                shuffle_dataset=False,
-            ),
+            args=arguments(out, rows, learning_rate=0.0),
             train_dataset=dataset,
             processing_class=AutoTokenizer.from_pretrained(model),
             pipeline=pipeline,
