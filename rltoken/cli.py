@@ -113,6 +113,9 @@ def user_error(error: BaseException) -> UserError | None:
 def _not_instantiated(error: InstantiationException) -> UserError:
     """What a user's own `_target_` raised, or that there is none of that name, under its key."""
     key, target = re.search(r"full_key: (\S+)", str(error)), re.search(r"target '([^']+)'", str(error))
+    setting, _, told = first_line(error.__cause__).partition(": ")
+    if key and isinstance(error.__cause__, ValueError) and told and setting.isidentifier():
+        return UserError(f"{key[1]}.{setting}: {told.rstrip('.')}.")
     return UserError(
         f"{key[1] if key else 'configuration'}: {target[1] if target else '_target_'} cannot be had or called: "
         f"{type(error.__cause__).__name__}: {first_line(error.__cause__).rstrip(':.')}. Correct _target_ or its "

@@ -250,6 +250,11 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
                 raise UserError(f"{section}.{key}: nothing reads it{nearest(key, fields)}; correct or remove it.")
     for key in sorted(OmegaConf.missing_keys(cfg), key=len):
         raise UserError(f"{key}: it has no value yet; set {key}=...")
+    if missing := [key for key in READ["reward"] if key not in (cfg.reward or {})]:
+        raise UserError(
+            f"reward.{missing[0]}: it is missing, since what was chosen is only to be added to a reward; choose both, "
+            "as in 'reward=[math,overlong]'."
+        )
     if "method" in top_level:
         _check_run_keys(cfg)
 
@@ -395,7 +400,9 @@ def _wrong_value(text: str, key: str, overrides: Sequence[str]) -> UserError | N
     if "is not Optional" in text:
         return UserError(f"{key}: it cannot be null; give it a value.")
     if found := re.search(r"Interpolation key '([^']+)' not found", text):
-        return UserError(f"{key}: it refers to ${{{found[1]}}}, which does not exist; correct the reference.")
+        stage = re.match(r"method\.(\w+?)s?\.(\w+)", found[1])
+        fix = f"choose that too, as in +{stage[1]}={stage[2]}" if stage else "correct the reference"
+        return UserError(f"{key}: it refers to ${{{found[1]}}}, which does not exist; {fix}.")
     if found := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
         return UserError(f"{found[1]}: it has no value yet; set {found[1]}=...")
     if "does not support deletion" in text:

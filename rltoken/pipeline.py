@@ -80,10 +80,14 @@ class Stage:
         """Whether it runs inside the training forward."""
         return any(name in LIVE for name in self.needs)
 
+    def copy(self) -> Stage:
+        """The same stage with a copy of its state, to be tried without a trace."""
+        return dataclasses.replace(self, call=copy.deepcopy(self.call))
+
     def run(self, signals: Mapping[str, Any]) -> Any:
         """Call the stage on the signals it names; whatever it raises is re-raised as a UserError with its key.
 
-        A ValueError that begins with the name of a setting and a colon is about the value of that setting.
+        A ValueError that begins with the name of a setting, or of a signal, and a colon is about that one's value.
         """
         needed = [signals[name] for name in self.needs]
         versions = [value._version if isinstance(value, Tensor) else None for value in needed]
@@ -94,7 +98,8 @@ class Stage:
         except Exception as error:
             setting, _, told = first_line(error).partition(": ")
             if isinstance(error, ValueError) and setting in inspect.signature(self.call).parameters:
-                raise UserError(f"{self.key}.{setting}: {told.rstrip('.')}.") from error
+                key = self.key if setting in self.needs else f"{self.key}.{setting}"
+                raise UserError(f"{key}: {told.rstrip('.')}.") from error
             raise UserError(
                 f"{self.key}: the stage raised {type(error).__name__}: {first_line(error)}. Mend the stage, or leave "
                 f"it out with '~{self.key}'."
@@ -149,6 +154,7 @@ class Pipeline:
             UserError: names the keys, the reason and the fix.
         """
         refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
+        _check_kinds(self)
         _check_published(self)
         _check_controls(self, args)
         _check_nothing_is_discarded(self)
@@ -319,6 +325,8 @@ def _check_setting(stage: str, name: str, hint: Any, settings: Mapping[str, Any]
         )
     if hint is bool and not isinstance(value, bool):
         raise UserError(f"{key}: {value!r} is neither true nor false; set it to one of them.")
+    if hint is str and not isinstance(value, str):
+        raise UserError(f"{key}: {value!r} is no text; put it in quotes.")
     for check in filter(callable, getattr(hint, "__metadata__", ())):
         _, *others = inspect.signature(check).parameters
         try:
@@ -395,13 +403,21 @@ def check_controlled(stage: Stage, settings: Mapping[str, float], longest: int) 
 def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
     """Try the control stages on the first window's progress, each as a copy since it may count its calls."""
     for stage in pipeline["controls"]:
-        tried = dataclasses.replace(stage, call=copy.deepcopy(stage.call))
-        settings = tried.run({"progress": Progress(0, args.max_steps), "last_window": None})
+        settings = stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
         check_controlled(stage, settings, args.max_completion_length)
         if settings.get("stop_at_think_end") and not pipeline["rows"]:
             raise UserError(
                 f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
                 "that forces answers, such as +rows=brpo."
+            )
+
+
+def _check_kinds(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages():
+        if THINKING not in stage.kinds and not pipeline["rows"]:
+            raise UserError(
+                f"{stage.key}.kinds: there are only rows of the kind '{THINKING}' without a rows stage, so it would do "
+                f"nothing on {', '.join(stage.kinds)}; add one with +rows=..., or set it to [{THINKING}]."
             )
 
 
@@ -419,9 +435,10 @@ def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
     credits = [stage for stage in pipeline["credits"] if THINKING in stage.kinds]
     for earlier, stage in itertools.pairwise(credits):
         if "advantages" not in stage.needs:
+            other_order = "choose them in the other order, as +credit=[first,second], or leave one out"
             raise UserError(
                 f"{earlier.key}: {stage.key} comes after it and computes the advantages anew, so it would do nothing; "
-                "choose them in the other order, as +credit=[first,second], or leave one out."
+                f"{other_order if 'advantages' in earlier.needs else 'leave one out'}."
             )
     if pipeline["shapes"] and credits and {"advantages", "rewards"}.isdisjoint(credits[0].needs):
         raise UserError(

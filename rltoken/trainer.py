@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit
 from rltoken.rng import forked_rng
 from rltoken.rollout import packs
@@ -90,6 +91,7 @@ class TokenGRPOTrainer(SeamTrainer):
         )
         self._configured = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         self._ends = frozenset([*self.eos_token_ids, self.processing_class.pad_token_id])
+        self._try_prompts_and_shapes()
 
     @property
     def progress(self) -> Progress:
@@ -135,12 +137,7 @@ class TokenGRPOTrainer(SeamTrainer):
         world.put("rewards", weighted_sum(raw, self.reward_weights))
         world.put("correct", self._correct())
         for stage in self.pipeline["shapes"]:
-            shaped = fit(stage, stage.run(world), world["rewards"])
-            if (shaped.isnan() & ~world["rewards"].isnan()).any():
-                raise UserError(
-                    f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it."
-                )
-            world.put("rewards", shaped)
+            shape(stage, world)
         self._shaped = world["rewards"]
         return self._shaped
 
@@ -151,15 +148,37 @@ class TokenGRPOTrainer(SeamTrainer):
         everyone = inputs if self.accelerator.num_processes == 1 else gather_list(inputs)
         group = torch.arange(len(everyone)) // self.num_generations
         for stage in self.pipeline["prompts"]:
-            signals = {"inputs": everyone, "group": group, "progress": self.progress, "rng": self._rng}
-            changed = stage.run(signals)
-            if len(changed) != len(everyone):
-                raise UserError(
-                    f"{stage.key}: returned {len(changed)} prompts for {len(everyone)}; return one for each."
-                )
-            everyone = changed
+            everyone = change_prompts(stage, everyone, group, self.progress, self._rng)
         start = self.accelerator.process_index * len(inputs)
         return everyone[start : start + len(inputs)]
+
+    def _try_prompts_and_shapes(self) -> None:
+        """Run copies of these stages on made-up completions of a few prompts: what they refuse is told before training.
+
+        Raises:
+            UserError: what a stage raises, or a prompt that the chat template cannot take.
+        """
+        if not (self.pipeline["prompts"] or self.pipeline["shapes"]):
+            return
+        rows, rng = 2 * self.num_generations, window_rng(self.args.seed, 0, self.accelerator.device)
+        group = torch.arange(rows, device=rng.device) // self.num_generations
+        inputs = [dict(self.train_dataset[number % len(self.train_dataset)]) for number in group.tolist()]
+        for stage in self.pipeline["prompts"]:
+            inputs = change_prompts(stage.copy(), inputs, group, Progress(0, self.args.max_steps), rng)
+            try:
+                self.tokenize(inputs)
+            except TemplateError as error:
+                raise UserError(
+                    f"{stage.key}: the model's chat template does not take its prompts "
+                    f"({first_line(error).rstrip('.')}); leave the stage out, or change model.path."
+                ) from error
+        ids = [self.eos_token_ids[:1] * (1 + i) for i in range(rows)]
+        self._rng = rng
+        tried = Signals(self._sampled_makers(inputs, lambda: [""] * rows, ids, group.tolist()))
+        tried.put("correct", torch.arange(rows, device=rng.device) % 2 == 0)
+        tried.put("rewards", tried["correct"].float())
+        for stage in self.pipeline["shapes"]:
+            shape(stage.copy(), tried)
 
     def _control_stages(self) -> int | None:
         """Apply what the control stages set; the number of tokens to sample at most, if one sets it."""
@@ -570,6 +589,32 @@ class TokenGRPOTrainer(SeamTrainer):
             raise UserError(
                 "data: the data set has an image column, and rltoken trains on text only; remove the column."
             )
+
+
+def change_prompts(
+    stage: Stage, inputs: list[dict[str, Any]], group: Tensor, progress: Progress, rng: torch.Generator
+) -> list[dict[str, Any]]:
+    """What a prompt stage makes of the prompts.
+
+    Raises:
+        UserError: another number of them than before.
+    """
+    changed = stage.run({"inputs": inputs, "group": group, "progress": progress, "rng": rng})
+    if len(changed) != len(inputs):
+        raise UserError(f"{stage.key}: returned {len(changed)} prompts for {len(inputs)}; return one for each.")
+    return changed
+
+
+def shape(stage: Stage, signals: Signals) -> None:
+    """Let a shape stage replace the signal `rewards`.
+
+    Raises:
+        UserError: it is NaN where there was a reward.
+    """
+    shaped = fit(stage, stage.run(signals), signals["rewards"])
+    if (shaped.isnan() & ~signals["rewards"].isnan()).any():
+        raise UserError(f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it.")
+    signals.put("rewards", shaped)
 
 
 def replay_of(rollout: Rollout, ends: tuple[int, ...]) -> Replay:

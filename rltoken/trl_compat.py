@@ -21,11 +21,13 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path, use_adapter
 
 from rltoken.errors import UserError, first_line
 from rltoken.rollout.forced import until_end
@@ -75,6 +77,7 @@ class SeamTrainer(GRPOTrainer):
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
         self._own_reference: nn.Module | None = None
+        self._order: Any = None
         self._given_adapter = isinstance(kwargs.get("model"), PeftModel)
         self.sampled_ids: list[list[int]] = []
         super().__init__(*args, **kwargs)
@@ -430,8 +433,14 @@ class SeamTrainer(GRPOTrainer):
         state = {"step": self._step, "window": self._buffered_inputs, "extra": self.checkpoint_state()}
         (folder / self._state_file).write_bytes(_loadable(state))
 
+    def _get_train_sampler(self, dataset=None):
+        self._order = super()._get_train_sampler(dataset)
+        return self._order
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            self._skip_finished_epochs(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch)
         ranks = len(list(Path(checkpoint).glob("rltoken_*.pt"))) if checkpoint else 0
         if ranks not in (0, self.accelerator.num_processes):
             raise UserError(
@@ -449,6 +458,12 @@ class SeamTrainer(GRPOTrainer):
         return f"rltoken_{self.accelerator.process_index}.pt"
 
     # Helpers
+
+    def _skip_finished_epochs(self, epochs: float) -> None:
+        """Draw the orders of the epochs that are over: TRL's sampler draws one per pass, and begins with the first."""
+        if isinstance(self._order, RepeatSampler) and self._order.shuffle:
+            for _ in range(int(epochs)):
+                torch.randperm(self._order.num_samples, generator=self._order.generator)
 
     def _siblings(self, prompt_ids: list[list[int]], num_generations: int) -> int:
         """How many successive prompts vLLM may take for one and the same: it samples the first of them so often."""

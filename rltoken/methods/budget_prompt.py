@@ -80,5 +80,5 @@ def column(inputs: Sequence[Mapping[str, Any]], name: str, source: str) -> list[
         ValueError: a row has no such column.
     """
     if any(name not in example for example in inputs):
-        raise ValueError(f"a prompt has no column '{name}'; add {source}")
+        raise ValueError(f"inputs: a prompt has no column '{name}'; add {source}")
     return [example[name] for example in inputs]

@@ -68,7 +68,7 @@ def subgroup_prompt(
     for example, number in zip(inputs, numbers, strict=True):
         if sizes[number] % len(budgets):
             raise ValueError(
-                f"a group of {sizes[number]} cannot be split evenly over {len(budgets)} budgets; make "
+                f"budgets: a group of {sizes[number]} cannot be split evenly over {len(budgets)}; make "
                 f"trainer.num_generations a multiple of {len(budgets)}, or set another number of budgets"
             )
         budget = budgets[seen[number] * len(budgets) // sizes[number]]

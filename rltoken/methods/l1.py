@@ -55,7 +55,7 @@ def l1_prompt(
         ValueError: the range is empty.
     """
     if least > most:
-        raise ValueError(f"there is no length from least={least} to most={most}; raise most")
+        raise ValueError(f"most: there is no length from least={least} to most={most}; raise most")
     budgets = [least + i for i in drawn_per_group(most - least + 1, group, rng)]
     kinds = [ASKED[ask][i] for i in drawn_per_group(len(ASKED[ask]), group, rng)]
     return [

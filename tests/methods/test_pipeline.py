@@ -316,6 +316,14 @@ EARLY = {
         {"controls": {"think": functools.partial(thinking_only, budgets=[4, 8], longest=8)}},
         r"method\.controls\.think: sampling stops at the end of thinking, .* add a rows stage",
     ),
+    "a kind that no row has": (
+        {"weights": {"w": functools.partial(lambda mask: mask, kinds=["summary"])}},
+        r"method\.weights\.w\.kinds: there are only rows of the kind 'thinking' without a rows stage",
+    ),
+    "two credits that start anew": (
+        {"credits": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}},
+        r"method\.credits\.one: .*would do nothing; leave one out\.$",
+    ),
     "a control that returns nothing": (
         {"controls": {"none": lambda progress: None}},
         r"method\.controls\.none: the stage returned None; return a dict",

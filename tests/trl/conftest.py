@@ -83,13 +83,13 @@ def run(tiny, tmp_path):
         if stages is not None:
             options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)
-        eval_dataset = changes.pop("eval_dataset", None)
+        eval_dataset, problems = changes.pop("eval_dataset", None), changes.pop("train_dataset", dataset)
         output_dir = changes.pop("output_dir", tmp_path / f"run{next(count)}")
         trainer = cls(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             reward_funcs=reward,
             args=arguments(output_dir, **changes),
-            train_dataset=dataset,
+            train_dataset=problems,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,

@@ -216,7 +216,8 @@ def test_all_equal_rewards_leave_the_weights_where_they_are(run, tiny, value):
     def constant(completion_ids, **_):
         return [value] * len(completion_ids)
 
-    stages = {slot: FRAME[slot] for slot in ("credits", "weights", "ratios")}
+    stages = {slot: FRAME[slot] for slot in ("weights", "ratios")}
+    stages["credits"] = {"entropy": FRAME["credits"]["entropy"]}
     start = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).state_dict()
     for scale_rewards in ("group", "none"):
         trained = run(stages, reward=constant, scale_rewards=scale_rewards, **SGD).weights

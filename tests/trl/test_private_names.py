@@ -29,6 +29,7 @@ SIGNATURES = {
     "_prepare_inputs": "(self, generation_batch)",
     "_save_checkpoint": "(self, model, trial)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
+    "_get_train_sampler": "(self, dataset)",
     "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
 }
 GENERATE_RETURNS = (
@@ -133,7 +134,8 @@ def test_the_subclass_hides_no_new_name():
     theirs = {name for cls in GRPOTrainer.__mro__ for name in vars(cls)}
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
-        "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "compute_loss",
+        "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
+        "compute_loss",
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams

@@ -16,6 +16,8 @@ from rltoken.methods.entropy_bonus import entropy_bonus
 from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
+from rltoken.methods.hbpo import subgroup_prompt
+from rltoken.methods.l1 import l1_exact
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.length_schedule import length_schedule
 from rltoken.types import SAMPLED, SCORED
@@ -190,6 +192,15 @@ def test_resume_is_exact(run, tmp_path, name, step):
     assert whole.trainer.sampler.stream.cursor == resumed.trainer.sampler.stream.cursor
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_resume_is_exact_past_the_end_of_an_epoch(run, tiny, tmp_path, step):
+    """Two windows an epoch: the resumed run must not begin with the order of the first epoch again."""
+    settings = {"train_dataset": tiny[2].select(range(4)), "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    whole = run({}, output_dir=tmp_path / "whole", **settings)
+    resumed = run({}, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings)
+    assert whole.distance(resumed) == 0.0
+
+
 def test_evaluation_never_touches_training(run, tiny):
     plain = run({})
     dataset = tiny[2]
@@ -290,6 +301,36 @@ def test_token_credit_per_sequence_is_refused(run):
 def test_what_a_stage_returns_is_checked(run, slot, stage, message):
     with pytest.raises(UserError, match=rf"method\.{slot}\.bad: .*{message}"):
         run({slot: {"bad": stage}})
+
+
+def test_prompts_and_shapes_are_tried_before_anything_is_sampled(run):
+    def never(**_):
+        raise AssertionError("a completion was graded")
+
+    def without_template(inputs):
+        return [
+            {**example, "prompt": [{"role": "system", "content": "short"}, *example["prompt"]]} for example in inputs
+        ]
+
+    with pytest.raises(UserError, match=r"method\.shapes\.l1: a prompt has no column 'budget'; add \+prompt=l1"):
+        run({"shapes": {"l1": l1_exact}}, reward=never)
+    with pytest.raises(UserError, match=r"method\.prompts\.told: the model's chat template does not take its prompts"):
+        run({"prompts": {"told": without_template}}, reward=never)
+    with pytest.raises(UserError, match=r"method\.prompts\.hbpo\.budgets: a group of 4 cannot be split evenly over 3"):
+        run({"prompts": {"hbpo": functools.partial(subgroup_prompt, budgets=[2, 4, 6])}}, reward=never)
+
+
+def test_trying_a_stage_leaves_its_state_alone(run):
+    class Counter:
+        calls = 0
+
+        def __call__(self, rewards):
+            self.calls += 1
+            return rewards
+
+    counter = Counter()
+    run({"shapes": {"counter": counter}}, max_steps=3)
+    assert counter.calls == 3
 
 
 def test_answers_need_a_function(run):
