@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken.errors import UserError, first_line
+from rltoken.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -439,12 +439,6 @@ def _wrong_key(
         f"{key}: there is no such key{near}. 'python -m rltoken.train --cfg job' prints all of them; a leading '+' "
         "adds a group such as +exp=grpo."
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest of the known names, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def nearest_key(name: str, known: Iterable[str]) -> str:

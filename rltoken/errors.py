@@ -1,5 +1,8 @@
 """The one exception that means: the user can mend this."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """An impossible setting or input, told in one line that names the config key and the fix.
@@ -22,3 +25,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class name where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest of the known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

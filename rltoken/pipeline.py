@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
 import reprlib
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +34,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rltoken.errors import UserError, first_line
+from rltoken.errors import UserError, first_line, nearest
+from rltoken.ranges import check as check_settings
 from rltoken.signals import rows_of
 from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING, Progress
 
@@ -180,7 +179,7 @@ def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
     """
     for slot in stages:
         if slot not in SLOTS:
-            raise UserError(f"method.{slot}: there is no such slot{_nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}.")
+            raise UserError(f"method.{slot}: there is no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}.")
     return Pipeline(
         {
             slot: tuple(_stage(slot, f"method.{slot}.{name}", call) for name, call in (stages.get(slot) or {}).items())
@@ -260,7 +259,7 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
         raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
     _check_object(key, call)
     call, kinds = _take_kinds(call)
-    needs, hints, settings = [], _hints(call), {}
+    needs, settings = [], {}
     for parameter in inspect.signature(call).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UserError(f"{key}: the stage takes *{parameter.name}; name each signal and each setting instead.")
@@ -270,8 +269,10 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
             settings[parameter.name] = parameter.default
         else:
             needs.append(parameter.name)
-    for name in settings:
-        _check_setting(key, name, hints.get(name), settings)
+    try:
+        check_settings(call, settings)
+    except ValueError as error:
+        raise UserError(f"{key}.{first_line(error).rstrip('.')}.") from error
     for name in needs:
         _check_signal(slot, key, name)
     stage = Stage(key, call, tuple(needs), kinds)
@@ -306,35 +307,6 @@ def _check_object(key: str, call: Callable[..., Any]) -> None:
             )
 
 
-def _hints(call: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function, none where they name what only a type checker imports."""
-    target = call.func if isinstance(call, functools.partial) else call
-    try:
-        return typing.get_type_hints(target, include_extras=True) if inspect.isroutine(target) else {}
-    except NameError:
-        return {}
-
-
-def _check_setting(stage: str, name: str, hint: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse a value that the setting's annotation excludes: Literal[...], or Annotated[type, check, ...]."""
-    key, value = f"{stage}.{name}", settings[name]
-    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-        choices = {str(choice): None for choice in typing.get_args(hint)}
-        raise UserError(
-            f"{key}: there is no {value!r}{_nearest(str(value), choices)}; choose one of: {', '.join(choices)}."
-        )
-    if hint is bool and not isinstance(value, bool):
-        raise UserError(f"{key}: {value!r} is neither true nor false; set it to one of them.")
-    if hint is str and not isinstance(value, str):
-        raise UserError(f"{key}: {value!r} is no text; put it in quotes.")
-    for check in filter(callable, getattr(hint, "__metadata__", ())):
-        _, *others = inspect.signature(check).parameters
-        try:
-            check(value, **{other: settings[other] for other in others if other in settings})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{key}: {first_line(error).rstrip('.')}.") from error
-
-
 def _check_signal(slot: str, key: str, name: str) -> None:
     allowed = SLOTS[slot]
     if name in allowed:
@@ -344,7 +316,7 @@ def _check_signal(slot: str, key: str, name: str) -> None:
             f"{key}: the signal '{name}' cannot be had in the slot '{slot}', which runs before it exists; there are: "
             f"{', '.join(allowed)}."
         )
-    raise UserError(f"{key}: there is no signal '{name}'{_nearest(name, allowed)}; there are: {', '.join(allowed)}.")
+    raise UserError(f"{key}: there is no signal '{name}'{nearest(name, allowed)}; there are: {', '.join(allowed)}.")
 
 
 def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
@@ -485,8 +457,3 @@ def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:
             f"trainer.entropy_coef: TRL's entropy bonus would also act on the rows that {key} may add; use "
             "'+aux=entropy_bonus' instead, which acts on thinking rows."
         )
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -7,9 +7,15 @@ template: Annotated[str, names_the_budget] = "..."      any function of the valu
 budgets: Annotated[list[int], up_to] = ...              its further parameters are other settings: up_to(value, longest)
 """
 
+import functools
+import inspect
 import math
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
+
+from rltoken.errors import first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -44,21 +50,37 @@ Share = Annotated[float, Range(above=0, most=1)]
 Count = Annotated[int, Range(least=1, whole=True)]
 
 
-def check(name: str, value: Any, annotation: Any) -> None:
-    """Check a setting of a stage that is a class, for its `__init__`: only functions are checked by their signature.
-
-    Args:
-        name: of the setting, for the error.
-        value: what it was set to.
-        annotation: what it may be: bool, or one of the ranges here.
+def check(function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the annotations of a function exclude; a class calls it for its `__init__`.
 
     Raises:
-        ValueError: it may not be that; names the setting.
+        ValueError: the first one that may not be what it is; begins with its name.
     """
-    if annotation is bool and not isinstance(value, bool):
-        raise ValueError(f"{name}: {value!r} is neither true nor false; set it to one of them")
-    for allowed in getattr(annotation, "__metadata__", ()):
+    hints = _hints(function)
+    for name, value in settings.items():
         try:
-            allowed(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            _check(value, hints.get(name), settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {first_line(error)}") from error
+
+
+def _check(value: Any, hint: Any, settings: Mapping[str, Any]) -> None:
+    choices = [str(choice) for choice in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else []
+    if choices and value not in typing.get_args(hint):
+        raise ValueError(f"there is no {value!r}{nearest(str(value), choices)}; choose one of: {', '.join(choices)}")
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false; set it to one of them")
+    if hint is str and not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text; put it in quotes")
+    for allow in filter(callable, getattr(hint, "__metadata__", ())):
+        _, *others = inspect.signature(allow).parameters
+        allow(value, **{other: settings[other] for other in others if other in settings})
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function, none where they name what only a type checker imports."""
+    target = function.func if isinstance(function, functools.partial) else function
+    try:
+        return typing.get_type_hints(target, include_extras=True) if inspect.isroutine(target) else {}
+    except NameError:
+        return {}

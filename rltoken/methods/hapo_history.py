@@ -47,8 +47,7 @@ class HapoHistory:
         Raises:
             ValueError: a setting that is out of range.
         """
-        for name, value, annotation in (("weight", weight, Weight), ("floor", floor, Floor), ("gated", gated, bool)):
-            check(name, value, annotation)
+        check(HapoHistory.__init__, {"weight": weight, "floor": floor, "gated": gated})
         self.weight, self.floor, self.gated = weight, floor, gated
         self.shortest: dict[str, int] = {}
 

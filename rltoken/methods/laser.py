@@ -93,11 +93,8 @@ class LaserD:
         Raises:
             ValueError: a setting that is out of range, or a grid without a threshold.
         """
-        counts = {"lowest": lowest, "highest": highest, "interval": interval, "every": every}
-        for name, value in counts.items():
-            check(name, value, Count)
-        for name, value, annotation in (("bonus", bonus, Bonus), ("wrong", wrong, Penalty), ("gated", gated, bool)):
-            check(name, value, annotation)
+        grid = {"lowest": lowest, "highest": highest, "interval": interval}
+        check(LaserD.__init__, {**grid, "every": every, "bonus": bonus, "wrong": wrong, "gated": gated})
         if lowest > highest:
             raise ValueError(f"highest: {highest} is below lowest={lowest}; raise it")
         self.thresholds = list(range(lowest, highest + 1, interval))

@@ -15,8 +15,9 @@ from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
 METHODS = ROOT / "docs/methods/README.md"
+REWARDS = ROOT / "docs/rewards.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING]
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 
