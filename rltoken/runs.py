@@ -40,7 +40,7 @@ def default_name(choices: Mapping[str, Any], seed: int, overrides: Sequence[str]
     """A name that says what runs: exp, scale, seed and every other override. The same command gives the same name."""
     others = [
         item
-        for item in overrides
+        for item in (item.replace("\\", "") for item in overrides)  # a sweep escapes what it hands on
         if re.split(r"[=@]", item.lstrip("+~"), maxsplit=1)[0] not in UNNAMED and not item.endswith("=${seed}")
     ]
     parts = [str(choices.get("exp") or "run"), str(choices["scale"]), f"s{seed}", *others]

@@ -100,6 +100,7 @@ def test_default_names():
     assert runs.default_name(choices, 3, ["+exp=brpo", "seed=3"]) == "brpo-tiny-s3"
     assert runs.default_name(choices, 0, ["+weight=[forks,thr]", "resume=auto"]) == "brpo-tiny-s0-+weight=_forks,thr_"
     assert runs.default_name(choices, 3, ["model.seed=${seed}"]) == "brpo-tiny-s3", "the seed says it already"
+    assert runs.default_name(choices, 3, [r"model.seed=\${seed}"]) == "brpo-tiny-s3", "as a sweep hands it on"
     long = [runs.default_name(choices, 0, [f"data.path={'x' * 200}{i}"]) for i in (1, 2)]
     assert long[0] != long[1] and all(len(name) < 100 for name in long)
     assert "/" not in runs.default_name({"exp": "paper/brpo", "scale": "paper"}, 0, [])
