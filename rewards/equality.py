@@ -30,6 +30,7 @@ _COMMAND = re.compile(r"\\(?:text\w*|mbox|math(?:rm|bf|it|sf)|operatorname|begin
 _SPACING = re.compile(r"\s|\\(?:left|right)(?![A-Za-z])|\\[,!;: ]")
 _TUPLE = re.compile(r"(?:\\left)?\([^()]*\)")
 _SET = re.compile(r"(?:\\left)?\\\{[^()]*\\\}")
+_OTHER_RELATION = re.compile(r"[<>]|!=|\b(?:or|and)\b|\\(?:[lg]e|ne|[lg]eq|neq|equiv|in|approx|begin)(?![A-Za-z])")
 _WORDS = re.compile(r"(?!(?:and|sqrt|sin|cos|tan|log|exp)\b)[A-Za-z]{3,}")
 
 Expression = sympy.Basic | sympy.MatrixBase
@@ -43,7 +44,8 @@ class Rules:
         tolerance: the largest relative difference of two numbers that are still equal, also inside tuples, intervals
             and matrices; None for math-verify's six decimal places.
         bare_percent: `50%` equals `50` too; otherwise it equals `0.5` alone.
-        strict: variables are told apart by their names; otherwise `f(x)` equals `f(y)`.
+        strict: variables are told apart by their names, and all sides of an equation count; otherwise `f(x)` equals
+            `f(y)`, and `2x = 5` equals `5`.
     """
 
     tolerance: float | None = None
@@ -81,7 +83,8 @@ def equal(prediction: str, gold: str, rules: Rules = DEFAULT) -> bool:
     decided = _without_algebra(prediction, gold)
     if decided is not None:
         return decided
-    return _equal_values(prediction, gold, rules)
+    sides = _sides(prediction, gold) if rules.strict else [prediction]
+    return all(_equal_values(side, gold, rules) for side in sides)
 
 
 def readable(answer: str) -> bool:
@@ -111,8 +114,17 @@ def _same_text(prediction: str, gold: str) -> bool:
     return _SPACING.sub("", prediction) == _SPACING.sub("", gold)
 
 
+def _sides(prediction: str, gold: str) -> list[str]:
+    """Each side of an equation that has to equal a gold answer which is none; else the prediction as it stands."""
+    one_equation = "=" in prediction and not _OTHER_RELATION.search(prediction) and "," not in prediction
+    return notation.sides(prediction) if one_equation and "=" not in gold else [prediction]
+
+
 def _without_algebra(prediction: str, gold: str) -> bool | None:
     """The verdict on what is compared as text or digits, None where math-verify is to decide."""
+    (*here, moduli), (*there, gold_moduli) = notation.marks(prediction), notation.marks(gold)
+    if here != there or (moduli and gold_moduli and moduli != gold_moduli):
+        return False
     if (letter := notation.only_option(gold)) and (chosen := notation.option(prediction)):
         return chosen == letter
     letters = notation.options(prediction), notation.options(gold)

@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterable
 
+from rltoken.rewards.notation import SECOND_THOUGHT
 from rltoken.rewards.text import boxed_answer, final_part
 
 MAX_CHARS = 500
@@ -38,6 +39,9 @@ _NUMBER = re.compile(
 _NUMBER_WITH_UNIT = re.compile(
     rf"[$€£]?(?P<number>{_NUMBER.pattern})[ ](?!and|or|sqrt|times|plus|minus)[A-Za-z]{{3,}}", re.ASCII
 )
+_HEDGED = re.compile(r"(?:not|no|less|more|fewer|greater|between|neither|either|under|over|at (?:least|most))\b", re.I)
+_MORE = re.compile(r"\d|\b(?:or|plus|hundreds?|thousands?|[mb]illions?|trillions?|dozens?)\b", re.I)
+"""What makes a number with a unit only a part of an answer."""
 _OPTION = re.compile(r"(?:\(([A-Ja-j])\)|\b([A-J])(?=[.):]|\s*$))(?!\s*[\\^_+*/=<>(-])")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|<\|")
 _TEXT_COMMANDS = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?")
@@ -96,10 +100,12 @@ def _after_header(rest: str) -> str | None:
     if (formula := _ONE_FORMULA.match(rest)) and _is_formula(formula):
         return _inside(formula)
     sentence = _SENTENCE_END.split(rest.partition("\n")[0], maxsplit=1)[0].strip(" \t*_")
+    if _HEDGED.match(sentence):
+        return sentence
     if number := _NUMBER_WITH_UNIT.match(sentence):
-        return number["number"]
+        return sentence if _MORE.search(sentence, number.end("number")) else number["number"]
     if option := _OPTION.match(sentence):
-        return option[1] or option[2]
+        return sentence if SECOND_THOUGHT.search(sentence, option.end()) else option[1] or option[2]
     if _PROSE.match(sentence):
         return _last_formula_or_number(sentence) or sentence
     return sentence or None

@@ -27,6 +27,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rltoken.errors import UserError
@@ -43,6 +44,8 @@ START_SECONDS = 60.0
 """The bound in seconds of starting a worker, and of its imports for a function."""
 START_ATTEMPTS = 3
 """How many starts of workers may fail between two results of a call before the call fails."""
+MOST = 10**6
+"""What no bound of a pool may reach: a million seconds, say."""
 CHUNK = 8
 """The most items that a worker is handed at once, so that it need not wait for this process between them."""
 
@@ -96,8 +99,8 @@ class Pool:
         if workers < 0:
             raise UserError(f"workers: {workers} is negative. Set 0 to grade in the process itself, or more.")
         for name, number in (("seconds", seconds), ("memory_mb", memory_mb), ("recycle_after", recycle_after)):
-            if not number > 0:
-                raise UserError(f"{name}: {number} is not above 0.")
+            if not 0 < number < MOST:
+                raise UserError(f"{name}: {number} is not above 0 and below {MOST}.")
         self.workers, self.seconds, self.memory_mb, self.recycle_after = workers, seconds, memory_mb, recycle_after
         self.closed = False
         self._cache: OrderedDict[tuple[Callable, Any], tuple[Result, float]] = OrderedDict()
@@ -343,12 +346,22 @@ def shared(*, workers: int | None = None, seconds: float = 5.0, memory_mb: int =
         workers = 0
     elif workers is None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // ranks))
+        workers = max(1, min(MAX_WORKERS, usable_cpus() // ranks))
     key = workers, seconds, memory_mb
     with _forking:
         if key not in _shared or _shared[key].closed:
             _shared[key] = Pool(workers=workers, seconds=seconds, memory_mb=memory_mb)
         return _shared[key]
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may run on, within the quota of its container."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return count if quota == "max" else min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return count
 
 
 @dataclass(eq=False)

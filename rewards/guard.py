@@ -9,7 +9,7 @@ import math
 import reprlib
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from rltoken.errors import UserError, first_line
@@ -118,7 +118,10 @@ def _settled(
 
 
 def _checked(name: str, values: Any, columns: dict[str, Any]) -> list[float | None]:
-    values, n = list(values), len(columns["completions"])
+    n = len(columns["completions"])
+    if not isinstance(values, Iterable):
+        raise UserError(f"reward.funcs.{name}: returned {reprlib.repr(values)}; return a list of {n} rewards.")
+    values = list(values)
     if len(values) != n:
         raise UserError(
             f"reward.funcs.{name}: returned {len(values)} rewards for {n} completions; return one for each, None where "

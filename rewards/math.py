@@ -52,7 +52,7 @@ def accuracy(
             None for math-verify's six decimal places.
         bare_percent: `50%` equals `50` as well as `0.5`, which is what math-verify does with whole numbers; False: it
             equals `0.5` alone.
-        strict: variables are told apart by their names; False: `f(x)` equals `f(y)`.
+        strict: names of variables and all sides of an equation count (`rltoken.rewards.equality`).
         on_failure: the reward where the grader timed out or crashed. 0.0, so that a model gains nothing by an answer
             that hangs the grader instead of a wrong one; None leaves the completion out of this reward.
         workers: processes that grade, None for as many as the machine has cores to spare, 0 for none but this one.
@@ -162,6 +162,11 @@ def classes(
     return [-1 if key is None else numbers[key] for key in keys]
 
 
+def warm_up() -> None:
+    """What a worker does once before its first item: the parser's first use takes longer than most items."""
+    equal("x", "y")
+
+
 def agree(pair: tuple[str, str]) -> bool:
     """Whether two answers are equal, taken either way round. May hang or crash."""
     return equal(*pair) or equal(*reversed(pair))
@@ -236,4 +241,5 @@ def _number(text: str) -> Fraction | None:
 
 
 def _golds(gold: Gold) -> tuple[str, ...]:
-    return (str(gold),) if isinstance(gold, str | int | float) else tuple(map(str, gold))
+    golds = gold if isinstance(gold, list | tuple) else [gold]
+    return tuple(str(each) for each in golds if each is not None)

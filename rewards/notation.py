@@ -26,10 +26,17 @@ _TEXT = re.compile(_TEXT_COMMAND + r"\{([^{}]*)\}")
 _PHRASE = re.compile(r"[^\W\d_]+(?:[\s'.-]+[^\W\d_]+)*")
 _LONG_WORD = re.compile(r"[^\W\d_]{4}")
 _OPTION = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(([A-J])\)|([A-J])(?=[.):]|\s*$))[.):]*(?:\s+[^\s+*/=^<>-].*)?", re.I | re.DOTALL
+    r"(?:(?:option|choice)\s+)?(?:\(([A-J])\)|([A-J])(?=[.):]|\s*$))[.):]*(?P<rest>\s+[^\s+*/=^<>-].*)?",
+    re.I | re.DOTALL,
 )
+SECOND_THOUGHT = re.compile(r"\b(?:or|and|nor|not|no|but|wrong|rather)\b|\([A-Ja-j]\)|\b[A-J](?=[.):,]|\s*$)", re.I)
+"""What makes an option letter one of several, or none."""
 _ONLY_OPTION = re.compile(r"\(?([A-J])\)?[.:]?", re.I)
 _OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:,| and |, and )\s*\(?[A-J]\)?)+")
+_NAME = re.compile(r"(?=.*[A-Za-z])(?!.*\\sqrt)(?:[A-Za-z\\{}\s'.:]|_\{?\w++\}?|\([^()=]*+\))++")
+"""What has a value without saying which: `x_1`, `P(5)`, `\\angle A`, `\\frac{a}{b}`; not `2x`, `x^2` or `x+y`."""
+_MODULUS = re.compile(r"\\pmod\s*\{?\s*(\w+)")
+_DOTS = re.compile(r"\\[lcd]?dots|\.\.\.|…")
 _IN_BASE = re.compile(r"([0-9A-F]*[0-9][0-9A-F]*)_(?:\{\s*(\d+)\s*\}|(\d))", re.I)
 _TIME = re.compile(r"(\d{1,2})(?:\\!)?:(?:\\!)?([0-5]\d)(?![\d:])[^\dA-Za-z]*([ap]?)\D*", re.I)
 _PLAIN = re.compile(r"\\?\$?\s*([-+]?)\\?\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)", re.ASCII)
@@ -45,23 +52,46 @@ _COMMAS = re.compile(r"(?<![\d.])\d[\d.]*(?:,-?\d[\d.]*)+")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII)
 # Each word ends where its letters end and has one separator before it, so that there is one way only to split a text.
+_NO_UNIT = (
+    r"(?:and|or|nor|not|no|but|plus|minus|times|over|if|mod|to|than|less|more|between|choose|wrong|rather|hundreds?|"
+    r"thousands?|[mb]illions?|trillions?|dozens?|squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|fifths?)"
+)
+"""Words that change what stands before them, or offer something else."""
 _MEASURE = (
     r"(?:(?:(?:square|cubic|sq|cu)\s+)?"
-    r"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc]l|sec|min|hrs?|mph|[ap]\.?m|[A-Za-z]{3,})(?![A-Za-z])\.?)"
+    rf"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc]l|sec|min|hrs?|mph|[ap]\.?m|(?!{_NO_UNIT}\b)[A-Za-z]{{3,}})(?![A-Za-z])\.?)"
 )
-_MARKED = rf"{_TEXT_COMMAND}\{{[^{{}}]*\}}"
+# One letter in \text{} is a unit where it is the sign of one; bold letters and operators are none.
+_MARKED = (
+    rf"\\(?:text\w*|mbox|mathrm)\s*\{{(?![^{{}}]*\b{_NO_UNIT}\b)\s*"
+    r"(?:[mgslhLCFKNJWV](?![A-Za-z])|[A-Za-z(][A-Za-z]|%|\$)[A-Za-z.,%'()/\s-]*(?:\^\s*-?\d)?\s*\}"
+)
 _POWER = r"(?:\s*\^\s*\{?\d\}?)?"
 _WORDED_UNIT = re.compile(
-    rf"(?:(?<=\S)\s*{_MARKED}|(?<=[\d}})])\s*(?!(?:and|or|plus|minus|times|over|if|mod)\b){_MEASURE}){_POWER}"
+    rf"(?:(?<=\S)\s*{_MARKED}|(?<=[\d}})])\s*{_MEASURE}){_POWER}"
     rf"(?:(?:\s*/\s*|\s+per\s+|\s+|(?=\\))(?:{_MARKED}|{_MEASURE}|[hs]\b){_POWER})*\.?$"
 )
 _LETTER_UNIT = re.compile(rf"(?<=\d)\s*[mgslhLC]{_POWER}(?:\s*/\s*[hs]{_POWER})?$")
 _TRIGONOMETRIC = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?[)}]?", re.ASCII
 )
+_MAGNITUDES = {
+    "hundred": r"\\times 10^{2}",
+    "thousand": r"\\times 10^{3}",
+    "million": r"\\times 10^{6}",
+    "billion": r"\\times 10^{9}",
+    "trillion": r"\\times 10^{12}",
+    "dozen": r"\\times 12",
+}
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        *(
+            (rf"(?<=\d)\s*\\(text\w*|mbox|mathrm)\s*\{{\s*{name}\b\s*", rf"{value} \\\1{{")
+            for name, value in _MAGNITUDES.items()
+        ),
+        *((rf"(?<=\d)\s*{name}(?![A-Za-z])", f"{value} ") for name, value in _MAGNITUDES.items()),
+        (r"\\(?:text\w*|mbox|mathrm)\s*\{\s*\}", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\frac\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\frac{\1}{\2}"),
         (r"\\(?:mathrm|rm)\s*\{\s*([eid])\s*\}", r"\1"),
@@ -135,7 +165,21 @@ def only_option(text: str) -> str | None:
 def option(text: str) -> str | None:
     """The upper-case letter of an answer that chooses an option, `(B) 12`, else None."""
     found = _OPTION.fullmatch(_TEXT.sub(r" \1 ", text).replace("\\", " ").strip())
-    return (found[1] or found[2]).upper() if found else None
+    if not found or SECOND_THOUGHT.search(found["rest"] or ""):
+        return None
+    return (found[1] or found[2]).upper()
+
+
+def sides(text: str) -> list[str]:
+    """What an answer like `x = 2 + 3 = 5` says something equals: all sides but a first one that is a mere name."""
+    parts = [part.strip() for part in text.split("=")]
+    return parts[1:] if len(parts) > 1 and _NAME.fullmatch(parts[0]) else parts
+
+
+def marks(text: str) -> tuple[int, bool, bool, frozenset[str]]:
+    """What two equal answers have in common, and math-verify drops: primes, dots, a remainder's sign, the modulus."""
+    moduli = frozenset(_MODULUS.findall(text))
+    return text.count("'") + text.count("\\prime"), bool(_DOTS.search(text)), "\\bmod" in text, moduli
 
 
 def options(text: str) -> set[str] | None:

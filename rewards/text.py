@@ -20,7 +20,10 @@ _MAX_JOINED = 32
 
 def content(completion: Completion) -> str:
     """The text of a completion, whichever of TRL's two forms it has."""
-    return completion if isinstance(completion, str) else (completion[-1]["content"] or "")
+    if isinstance(completion, str) or not completion:
+        return completion or ""
+    last = completion[-1]["content"] or ""
+    return last if isinstance(last, str) else "".join(part.get("text") or "" for part in last)
 
 
 def final_part(text: str, think_end: str | None = None) -> str | None:

@@ -63,6 +63,9 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             content = pickle.loads(data)
             if kind == "function":
                 function, value = content, None
+                warm_up = getattr(sys.modules.get(function.__module__), "warm_up", None)
+                if warm_up is not None:
+                    warm_up()
             else:
                 value = function(content)
             good, payload = True, pickle.dumps(value)

@@ -19,8 +19,10 @@ SWITCHES = {
     "gt-0127": equality.Rules(tolerance=0.02),
     "gt-0133": equality.Rules(tolerance=1e-4),
     "gt-0258": equality.Rules(strict=False),
+    "gt-0032": equality.Rules(strict=False),
 }
-"""Pairs that upstream compares with fewer decimal places, or with variables of any name."""
+"""Pairs that upstream compares with fewer decimal places, with variables of any name, or by the last side of an
+equation whose sides differ."""
 DISAGREEMENTS = {
     "gt-0181": "the same pair as gt-0180, with a switch of upstream's off: a chain of inequalities and the interval of "
     "its solutions are equal here",

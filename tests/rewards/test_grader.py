@@ -333,3 +333,16 @@ print(json.dumps([pool.workers, [r.value for r in pool.map(eval, [{PID!r}] * 20)
     (workers, pids), (other_workers, other_pids) = (json.loads(rank.communicate(timeout=60)[0]) for rank in ranks)
     assert workers == other_workers == max(1, min(8, len(os.sched_getaffinity(0)) // 2))
     assert not set(pids) & set(other_pids)
+
+
+def test_a_quota_of_the_container_bounds_the_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for text, count in (("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("odd", 8)):
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text, **__: text)
+        assert grader.usable_cpus() == count
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_bound_that_is_none_is_refused(seconds):
+    with pytest.raises(UserError, match="seconds: "):
+        Pool(workers=1, seconds=seconds)

@@ -85,6 +85,7 @@ def test_a_function_that_takes_samples_only_together_is_told_so():
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
+        (None, r"reward\.funcs\.own: returned None; return a list of 3 rewards"),
         ([1.0, 2.0], r"reward\.funcs\.own: returned 2 rewards for 3 completions; return one for each"),
         ([1.0, "high", 0.0], r"reward\.funcs\.own: returned 'high' for the sample id=b"),
         ([1.0, 0.0, float("inf")], r"returned inf for the sample id=c .*; return a finite number, or None"),

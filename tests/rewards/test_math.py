@@ -239,3 +239,76 @@ ORDINARY = [
 def test_ordinary_expressions_are_not_refused(expression):
     assert not hard(expression)
     assert parses(expression) and equal(f"{expression}+0", expression) and not equal(f"{expression}+1", expression)
+
+
+NO_HEDGE = [
+    (r"5\text{ or 6}", "5"),
+    (r"3\text{ hours and 20 minutes}", "3"),
+    ("5 million", "5"),
+    (r"2.5 \text{ billion}", "2.5"),
+    ("3 dozen", "3"),
+    ("5 squared", "5"),
+    ("5 halves", "5"),
+    (r"3\text{i}", "3"),
+    (r"2\mathrm{x}", "2"),
+    (r"2\mathbf{x}", r"2\mathbf{y}"),
+    ("(A) or (B)", "A"),
+    ("(A) is wrong, so (B)", "A"),
+    ("A: no, C", "A"),
+    ("B. C", "B"),
+    (r"17 \bmod 12", "17"),
+    (r"5\pmod{7}", r"5\pmod{8}"),
+    ("6=5", "5"),
+    ("1=2=3=4=5", "5"),
+    ("x+y=5", "5"),
+    ("x^2=5", "5"),
+    ("2x=5", "5"),
+    ("|x|=5", "5"),
+    ("f'(x)", "f(x)"),
+    (r"1,2,3,\ldots", "1,2,3"),
+    (r"0.3\ldots", "0.3"),
+]
+PLAIN = [
+    ("5 million", "5000000"),
+    ("3 dozen", "36"),
+    (r"\$5\text{ million}", "5{,}000{,}000"),
+    (r"5\text{ million dollars}", "5000000"),
+    (r"5\text{ cm}^2", "5"),
+    (r"5\text{ cm^2}", "5"),
+    (r"10\ \mathrm{m/s}", "10"),
+    ("5 square units", "5"),
+    ("x=2+3=5", "5"),
+    ("1+1=2", "2"),
+    (r"\text{Area}=5", "5"),
+    ("P(5)=10", "10"),
+    (r"\angle A = 30^\circ", "30"),
+    (r"\frac{a}{b} = \frac12", r"\frac12"),
+    ("f(x)=x+1", "x+1"),
+    ("(B) 12", "B"),
+    ("B. twelve", "B"),
+    (r"5\pmod{7}", "5"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "gold"), NO_HEDGE)
+def test_what_says_more_than_the_gold_answer_is_not_it(prediction, gold):
+    assert not equal(prediction, gold)
+
+
+@pytest.mark.parametrize(("prediction", "gold"), PLAIN)
+def test_units_magnitudes_names_and_steps_do_not_hide_an_answer(prediction, gold):
+    assert equal(prediction, gold)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["not 5.", "less than 5", "between 4 and 5", "5 apples or 6 apples", "5 apples plus 6", "3 hours 20 minutes"],
+)
+def test_a_header_does_not_make_part_of_a_sentence_an_answer(text):
+    assert outcomes([f"The answer is {text}"] * 2, ["5", "3"], workers=0) == [Outcome.WRONG] * 2
+
+
+def test_odd_columns_are_read_or_left_out():
+    assert outcomes([r"\boxed{5}"] * 4, [None, [None, 5], (4, 5), []], workers=0) == [None, "correct", "correct", None]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{5}"}]}]
+    assert outcomes([[], parts], ["5", "5"], workers=0) == [Outcome.NO_ANSWER, Outcome.CORRECT]
