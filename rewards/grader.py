@@ -112,7 +112,8 @@ class Pool:
 
         Args:
             function: a function of an importable module, called with one item. The same one under the same settings
-                must always return the same, if its results are cached.
+                must always return the same, if its results are cached. If the module has a function `warm_up`, each
+                worker calls that before its first item, outside the item's bound.
             items: N items that can be pickled; hashable ones if they are cached.
             cache: call the function once for equal items, and not at all for those whose result is known. Failures
                 are kept too, so that siblings of an item that hangs cost nothing, but for `RETRY_AFTER` seconds only.

@@ -63,7 +63,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             content = pickle.loads(data)
             if kind == "function":
                 function, value = content, None
-                warm_up = getattr(sys.modules.get(function.__module__), "warm_up", None)
+                warm_up = getattr(sys.modules.get(getattr(function, "__module__", None)), "warm_up", None)
                 if warm_up is not None:
                     warm_up()
             else:

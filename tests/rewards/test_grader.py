@@ -112,6 +112,19 @@ def test_large_items_and_values_pass_both_pipes_at_once(pool):
     assert values(pool.map(bytes, items)) == items
 
 
+def test_a_worker_warms_up_before_the_clock_of_its_first_item_starts(tmp_path, monkeypatch):
+    source = (
+        "import time\nready = []\ndef warm_up(): time.sleep(1.5); ready.append(1)\ndef count(_): return len(ready)\n"
+    )
+    (tmp_path / "slow_to_start.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import slow_to_start
+
+    pool = Pool(workers=1, seconds=1.0)
+    assert pool.map(slow_to_start.count, [1, 2]) == [Result(1), Result(1)]
+    pool.close()
+
+
 def test_what_the_function_prints_goes_to_standard_error():
     source = """
 from rltoken.rewards.grader import Pool
