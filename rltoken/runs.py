@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rltoken import __version__
 from rltoken.errors import UserError
+from rltoken.resume import MANIFEST, changed_versions, newest_whole, read_manifest, recover, verify
 
 FREE = ("name", "runs_dir", "resume")
 """Keys that may differ when a run is resumed."""
@@ -109,20 +110,48 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def checkpoint(folder: Path, resume: str | None) -> str | None:
-    """The checkpoint to go on from: the newest of the run for `auto` (None where there is none yet), or the one named.
+    """The checkpoint to go on from: the run's newest whole one for `auto` (None where there is none), or the named one.
+
+    Finishes or removes what a killed save left, and prints what it skips and what stops being exact; so on rank 0 only.
 
     Raises:
-        UserError: the named one is not a checkpoint.
+        UserError: the named one is not a whole checkpoint, or was written by another number of processes.
     """
     if resume is None:
         return None
-    if resume == "auto":
-        found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-        newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-        return str(newest) if newest else None
-    if not (Path(resume) / "trainer_state.json").exists():
-        raise UserError(f"resume: {resume} is no checkpoint; set resume=auto or the path of a checkpoint-N folder.")
-    return resume
+    recover(folder)
+    path = _newest(folder) if resume == "auto" else _named(Path(resume))
+    if path is not None and (path / MANIFEST).exists():
+        _refuse_other_processes(path)
+        if changed := changed_versions(path):
+            print(f"resume: {path} was written by {changed}: going on need not give the numbers of a run in one piece")
+    return None if path is None else str(path)
+
+
+def _newest(folder: Path) -> Path | None:
+    path, skipped = newest_whole(folder)
+    for broken, reason in skipped:
+        print(f"resume: skipped {broken}: {reason}")
+    if skipped:
+        print(f"resume: going on from {path or 'the beginning: no checkpoint is whole'}")
+    return path
+
+
+def _named(path: Path) -> Path:
+    if (path / MANIFEST).exists():
+        if reason := verify(path):
+            raise UserError(f"resume: {path} is broken: {reason}; set resume=auto, or the path of another checkpoint.")
+    elif not (path / "trainer_state.json").exists():
+        raise UserError(f"resume: {path} is no checkpoint; set resume=auto or the path of a checkpoint-N folder.")
+    else:
+        print(f"resume: {path} has no {MANIFEST}, as one of plain TRL: nothing tells whether it is whole, or exact")
+    return path
+
+
+def _refuse_other_processes(path: Path) -> None:
+    then, now = read_manifest(path)["processes"], int(os.environ.get("WORLD_SIZE", "1"))
+    if then != now:
+        raise UserError(f"resume: {path} was written by {then} processes and there are {now}; start as many as then.")
 
 
 def versions() -> dict[str, Any]:

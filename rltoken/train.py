@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import cli, config, runs
 from rltoken.errors import UserError
+from rltoken.resume import disk_errors_told
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,9 +111,9 @@ def run(cfg: DictConfig, folder: Path) -> None:
             print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
-    checkpoint = runs.checkpoint(folder, cfg.resume)
+    checkpoint = runs.checkpoint(folder, cfg.resume) if runs.is_main_process() else None
     runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
-    with _traceback_kept(folder), ProgressLine() as progress:
+    with disk_errors_told(folder), _traceback_kept(folder), ProgressLine() as progress:
         try:
             trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, progress)
         except (UserError, InstantiationException) as error:
@@ -120,11 +121,18 @@ def run(cfg: DictConfig, folder: Path) -> None:
                 runs.discard(folder)
             raise
         before = evaluation("before") if cfg.eval.before else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=from_first_rank(checkpoint))
         trainer.save_model(str(folder / "final"))
         after = evaluation("after") if cfg.eval.after else None
         if trainer.accelerator.is_main_process:
             finish(folder, {"name": cfg.name, "before": before, "after": after, "steps": trainer.state.global_step})
+
+
+def from_first_rank(value: str | None) -> str | None:
+    """What rank 0 found, on every rank."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
 
 
 def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,8 @@ SIGNATURES = {
     "spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids)",
     "_prepare_inputs": "(self, generation_batch)",
     "_save_checkpoint": "(self, model, trial)",
+    "_get_output_dir": "(self, trial)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_get_train_sampler": "(self, dataset)",
     "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
@@ -102,6 +105,14 @@ def test_the_keys_of_a_window():
     assert found == WINDOW_KEYS, f"new: {found - WINDOW_KEYS}, gone: {WINDOW_KEYS - found}"
 
 
+def test_what_saving_relies_on():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.count("self._get_output_dir(trial=trial)") == 1, "the scratch folder is slipped in there"
+    assert source.count("self.state.best_global_step") == 2, "no other use, so that hiding it skips its barrier only"
+    assert "self._push_from_checkpoint(output_dir)" in source
+    assert parameters(rotate_checkpoints).startswith("(output_dir, save_total_limit, best_model_checkpoint, use_mtime")
+
+
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))
 def test_attributes_are_still_set(name):
     source = inspect.getsource(GRPOTrainer.__init__)
@@ -135,7 +146,7 @@ def test_the_subclass_hides_no_new_name():
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
-        "compute_loss",
+        "_get_output_dir", "_push_from_checkpoint", "compute_loss",
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams
