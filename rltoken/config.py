@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 TOP_LEVEL = (
-    "name", "seed", "resume", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval", "method",
+    "name", "seed", "resume", "on_change", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval",
+    "method",
 )  # fmt: skip
 ADDED_GROUPS = (
     "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora",
@@ -265,6 +266,8 @@ def _check_run_keys(cfg: DictConfig) -> None:
         raise UserError(f"seed: {cfg.seed!r} is no whole number from 0 to 4294967295; set seed=0.")
     if cfg.resume is not None and not isinstance(cfg.resume, str):
         raise UserError(f"resume: {cfg.resume!r} is neither auto nor a path; set resume=auto or resume=null.")
+    if cfg.on_change not in ("refuse", "accept"):
+        raise UserError(f"on_change: {cfg.on_change!r} is unknown; use 'refuse' or 'accept'.")
     if cfg.runs_dir is None:
         raise UserError("runs_dir: it has no value; set runs_dir=runs.")
     for key, node in (

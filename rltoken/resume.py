@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ SCRATCH = ".saving"
 NAME = re.compile(r"checkpoint-(\d+)")
 SHAPING = ("torch", "transformers", "trl")
 """Packages of which another version may compute other numbers from the same state."""
+SHOWN = 5
+"""How many changes one message names."""
 PROBE_BYTES = 1 << 20
 THREADS = 8
 
@@ -58,25 +60,37 @@ def versions() -> dict[str, str]:
     return {"rltoken": __version__} | {package: importlib.metadata.version(package) for package in SHAPING}
 
 
-def write_manifest(folder: Path, *, step: int, processes: int) -> None:
+def write_manifest(folder: Path, *, step: int, processes: int, data: str | None, weights_only: bool = False) -> None:
     """Write the list of every file of a checkpoint, which declares it complete.
 
     Args:
         folder: the checkpoint, with all else that belongs to it.
         step: the optimizer step it was saved at.
         processes: how many processes wrote it.
+        data: what identifies the training data, from `digest_of_rows`.
+        weights_only: it has no state of the optimizer.
     """
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in _files(folder)
+    paths = _files(folder)
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter to others
+        digests = pool.map(_digest, paths)
+        files = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+    content = {
+        "step": step,
+        "processes": processes,
+        "data": data,
+        "weights_only": weights_only,
+        "versions": versions(),
+        "files": files,
     }
-    content = {"step": step, "processes": processes, "versions": versions(), "files": files}
     text = json.dumps({"manifest": content, "sha256": _digest_of(content)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `step`, `processes`, `versions` and `files`.
+    """What `write_manifest` wrote: `step`, `processes`, `data`, `weights_only`, `versions` and `files`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -180,11 +194,55 @@ def recover(run: Path) -> None:
         shutil.rmtree(run / SCRATCH, ignore_errors=True)
 
 
-def changed_versions(folder: Path) -> str | None:
-    """Which packages have another version than when the checkpoint was written, in words; None where none has."""
-    then, now = read_manifest(folder)["versions"], versions()
-    changed = [f"{name} {then.get(name)} (now {now[name]})" for name in now if then.get(name) != now[name]]
-    return ", ".join(changed) or None
+def digest_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What identifies a data set: its rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def changed(folder: Path, **now: Any) -> list[str]:
+    """What is not as it was when a checkpoint was written, in words.
+
+    Args:
+        folder: the checkpoint; one of plain TRL, without a manifest, tells nothing.
+        now: `processes`, `versions` and `data`, those that are known, as in the manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        return []
+    then = read_manifest(folder)
+    found = ["it has no state of the optimizer (trainer.save_only_model)"] if then["weights_only"] else []
+    if "processes" in now and then["processes"] != now["processes"]:
+        found.append(f"it was written by {then['processes']} processes and there are {now['processes']}")
+    for package, version in now.get("versions", {}).items():
+        if (old := then["versions"].get(package)) != version:
+            found.append(f"it was written by {package} {old} and this is {version}")
+    if None not in (now.get("data"), then["data"]) and then["data"] != now["data"]:
+        found.append("the training data are others than then")
+    return found
+
+
+def accept_or_refuse(what: str, changes: Sequence[str], on_change: str) -> None:
+    """Print changes that were accepted, and what stops being exact.
+
+    Args:
+        what: the checkpoint or run directory.
+        changes: in words.
+        on_change: 'refuse' or 'accept'.
+
+    Raises:
+        UserError: there are some and they are not accepted.
+    """
+    if not changes:
+        return
+    told = "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
+    if on_change != "accept":
+        raise UserError(
+            f"resume: {what} does not fit: {told}; go back to what was, choose another name, or set on_change=accept."
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"resume: {what}: {told}. Accepted: from here on the numbers are not those of a run in one piece.")
 
 
 def not_written(error: BaseException, path: Path, run: Path) -> UserError | None:

@@ -18,13 +18,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rltoken import __version__
+from rltoken import resume as checkpoints
 from rltoken.errors import UserError
-from rltoken.resume import MANIFEST, changed_versions, newest_whole, read_manifest, recover, verify
 
-FREE = ("name", "runs_dir", "resume")
-"""Keys that may differ when a run is resumed."""
-UNNAMED = ("exp", "scale", "seed", *FREE)
-"""Overrides that do not go into a default name as such."""
+UNNAMED = ("exp", "scale", "seed", "name", "runs_dir", "resume", "on_change", "trainer.max_hours")
+"""Overrides that do not go into a default name as such: the same command goes on in the same run."""
+FREE = ("name", "runs_dir", "resume", "on_change", "trainer.max_hours", "trainer.save_total_limit", "reward.workers")
+"""Keys that may differ when a run is resumed: no number depends on them."""
 NOTES = {"config.yaml", "command.txt", "versions.json"}
 """What a run writes before it loads anything."""
 TRACEBACKS = "traceback*.txt"
@@ -72,7 +72,10 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
                 f"name: {folder} exists already; choose another with name=..., go on in it with resume=auto, or "
                 "remove it."
             )
-        refuse_changes(folder, cfg)
+        changes = changed_settings(folder, cfg)
+        checkpoints.accept_or_refuse(str(folder), changes, cfg.on_change)
+        if changes:
+            _keep_what_was(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _failed_before_its_first_step(folder):
@@ -92,6 +95,15 @@ def _failed_before_its_first_step(folder: Path) -> bool:
     return failed and not any(path for pattern in TRAINED for path in folder.glob(pattern))
 
 
+def _keep_what_was(folder: Path) -> None:
+    """Put the settings that a run had aside under a number, and a report, which would mean that it is finished."""
+    number = sum(1 for _ in folder.glob("config.*.yaml"))
+    for name in ("config.yaml", "report.json"):
+        path = folder / name
+        if path.exists():
+            path.rename(path.with_suffix(f".{number}{path.suffix}"))
+
+
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -103,33 +115,47 @@ def discard(folder: Path) -> None:
         _remove([folder])
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that came to its end, or None."""
+def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
+    """The report of a run that came to its end, or None; with other settings that are accepted it has not.
+
+    Raises:
+        UserError: the settings are others, and `on_change` is 'refuse'.
+    """
     path = folder / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    changes = changed_settings(folder, cfg)
+    if changes and cfg.on_change == "accept":
+        return None
+    checkpoints.accept_or_refuse(str(folder), changes, cfg.on_change)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def checkpoint(folder: Path, resume: str | None) -> str | None:
+def checkpoint(folder: Path, cfg: DictConfig) -> str | None:
     """The checkpoint to go on from: the run's newest whole one for `auto` (None where there is none), or the named one.
 
     Finishes or removes what a killed save left, and prints what it skips and what stops being exact; so on rank 0 only.
 
     Raises:
-        UserError: the named one is not a whole checkpoint, or was written by another number of processes.
+        UserError: the named one is not a whole checkpoint, or does not fit this run and `on_change` is 'refuse'.
     """
-    if resume is None:
+    if cfg.resume is None:
         return None
-    recover(folder)
-    path = _newest(folder) if resume == "auto" else _named(Path(resume))
-    if path is not None and (path / MANIFEST).exists():
-        _refuse_other_processes(path)
-        if changed := changed_versions(path):
-            print(f"resume: {path} was written by {changed}: going on need not give the numbers of a run in one piece")
-    return None if path is None else str(path)
+    checkpoints.recover(folder)
+    path = _newest(folder) if cfg.resume == "auto" else _named(Path(cfg.resume))
+    if path is None:
+        return None
+    changes = checkpoints.changed(
+        path, processes=int(os.environ.get("WORLD_SIZE", "1")), versions=checkpoints.versions()
+    )
+    if cfg.resume != "auto":  # of its own run directory `open_run` minds the settings
+        changes += changed_settings(path.parent, cfg)
+    checkpoints.accept_or_refuse(str(path), changes, cfg.on_change)
+    return str(path)
 
 
 def _newest(folder: Path) -> Path | None:
-    path, skipped = newest_whole(folder)
+    path, skipped = checkpoints.newest_whole(folder)
     for broken, reason in skipped:
         print(f"resume: skipped {broken}: {reason}")
     if skipped:
@@ -138,20 +164,17 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _named(path: Path) -> Path:
-    if (path / MANIFEST).exists():
-        if reason := verify(path):
+    if (path / checkpoints.MANIFEST).exists():
+        if reason := checkpoints.verify(path):
             raise UserError(f"resume: {path} is broken: {reason}; set resume=auto, or the path of another checkpoint.")
     elif not (path / "trainer_state.json").exists():
         raise UserError(f"resume: {path} is no checkpoint; set resume=auto or the path of a checkpoint-N folder.")
     else:
-        print(f"resume: {path} has no {MANIFEST}, as one of plain TRL: nothing tells whether it is whole, or exact")
+        print(
+            f"resume: {path} has no {checkpoints.MANIFEST}, as one of plain TRL: nothing tells whether it is whole, or "
+            "exact"
+        )
     return path
-
-
-def _refuse_other_processes(path: Path) -> None:
-    then, now = read_manifest(path)["processes"], int(os.environ.get("WORLD_SIZE", "1"))
-    if then != now:
-        raise UserError(f"resume: {path} was written by {then} processes and there are {now}; start as many as then.")
 
 
 def versions() -> dict[str, Any]:
@@ -177,25 +200,17 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def refuse_changes(folder: Path, cfg: DictConfig) -> None:
-    """Refuse to go on in a run directory with other settings than it was made with.
-
-    Raises:
-        UserError: names the first setting that differs.
-    """
+def changed_settings(folder: Path, cfg: DictConfig) -> list[str]:
+    """Which settings differ from those that a run directory was made with, in words; none where it has no record."""
     path = folder / "config.yaml"
     if not path.exists():
-        return
+        return []
     old, new = flat(OmegaConf.load(path)), flat(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if key.split(".")[0] not in FREE]
-    if changed:
-        key = changed[0]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UserError(
-            f"{key}: {folder} was made with {key}={old.get(key)}, not {new.get(key)}{more}; resume it with its own "
-            "settings (see its command.txt), or choose another name=..."
-        )
+    return [
+        f"{key} was {old.get(key)} and is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in FREE
+    ]
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:

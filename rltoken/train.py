@@ -103,15 +103,14 @@ def run(cfg: DictConfig, folder: Path) -> None:
     from rltoken import report
     from rltoken.callbacks import ProgressLine
 
-    if cfg.resume == "auto" and (done := runs.finished(folder)):
-        runs.refuse_changes(folder, cfg)
+    if cfg.resume == "auto" and (done := runs.finished(folder, cfg)):
         if runs.is_main_process():
             print(f"{folder} is finished; its results:")
             report.show(done)
             print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
-    checkpoint = runs.checkpoint(folder, cfg.resume) if runs.is_main_process() else None
+    checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
     runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
     with disk_errors_told(folder), _traceback_kept(folder), ProgressLine() as progress:
         try:
@@ -187,6 +186,7 @@ def assemble(
         batch_rows=cfg.rollout.batch_rows,
         normaliser=cfg.rollout.normaliser,
         classes=classes,
+        on_change=cfg.on_change,
     )
     drop_printing_callbacks(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)

@@ -48,6 +48,7 @@ class TokenGRPOTrainer(SeamTrainer):
             only) or 'all'.
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
+        on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
 
     Raises:
         UserError: a combination that makes no sense, before anything is sampled.
@@ -62,11 +63,12 @@ class TokenGRPOTrainer(SeamTrainer):
         batch_rows: int | None = None,
         normaliser: str = "thinking",
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
+        on_change: str = "refuse",
         **kwargs: Any,
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
-        self.classes = classes
+        self.classes, self.on_change = classes, on_change
         self._rng: torch.Generator | None = None
         self._windows = 0
         self._thinking_ends: tuple[int, ...] = ()
@@ -538,10 +540,10 @@ class TokenGRPOTrainer(SeamTrainer):
             "windows": self._windows,
         }
 
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Restore what `checkpoint_state` gave."""
+    def restore_state(self, state: dict[str, Any], *, ranks: int) -> None:
+        """Restore what `checkpoint_state` gave on one of `ranks` ranks."""
         self.pipeline.load_state_dict(state["stages"])
-        self.sampler.stream.cursor = state["cursor"]
+        self.sampler.stream.cursor = -(-state["cursor"] * ranks // self.accelerator.num_processes)
         self.epsilon_low, self.epsilon_high = state["clip"]
         self._windows = state["windows"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None

@@ -10,35 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head, create_model_from_path, use_adapter
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
-from rltoken import resume
-from rltoken.errors import UserError, first_line
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
-
-# With several processes on CPUs transformers loads the optimizer to "cpu:0", a place that torch does not know.
-torch.serialization.register_package(
-    50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-)
+from rltoken.trl_saving import SavingTrainer
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
@@ -75,7 +62,7 @@ class OldPass:
     hidden: Tensor | None
 
 
-class SeamTrainer(GRPOTrainer):
+class SeamTrainer(SavingTrainer):
     """GRPOTrainer whose seams are public; by itself it trains exactly as GRPOTrainer does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,8 +71,6 @@ class SeamTrainer(GRPOTrainer):
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
         self._own_reference: nn.Module | None = None
-        self._order: Any = None
-        self._scratch: Path | None = None
         self._given_adapter = isinstance(kwargs.get("model"), PeftModel)
         self.sampled_ids: list[list[int]] = []
         super().__init__(*args, **kwargs)
@@ -103,30 +88,6 @@ class SeamTrainer(GRPOTrainer):
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
         """[N] shaped rewards of the gathered rows from [N, F] raw ones; None leaves the raw sum (training only)."""
         return None
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """TRL's model card, with folders where TRL, for want of hub ids, writes None."""
-        try:
-            self._write_model_card(model_name, dataset_name, tags)
-        except OSError:  # a full disk is told by what is saved after the card: rank 0 must come to the same collectives
-            if self._scratch is None:
-                raise
-
-    def _write_model_card(self, *arguments: Any) -> None:
-        super().create_model_card(*arguments)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.accelerator.is_main_process and path.exists():
-            text = path.read_text(encoding="utf-8")
-            source = self.model.config._name_or_path or "a model made in memory"
-            text = text.replace("[None](https://huggingface.co/None)", f"`{source}`")
-            path.write_text(text.replace('model="None"', f'model="{path.parent / "final"}"'), encoding="utf-8")
-
-    def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
-        return {}
-
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Restore what `checkpoint_state` gave."""
 
     # What a subclass calls: rollout
 
@@ -441,104 +402,7 @@ class SeamTrainer(GRPOTrainer):
             return self._recorded.logps, self._recorded.entropy, None
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        run = Path(self._get_output_dir(trial=trial))
-        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        scratch = run / resume.SCRATCH / final.name
-        with self._all_or_none(final):
-            if self.args.should_save:
-                resume.prepare(scratch)
-        with self._all_or_none(final), self._saving_in(scratch.parent):
-            super()._save_checkpoint(model, trial)
-            state = {"step": self._step, "window": self._buffered_inputs, "extra": self.checkpoint_state()}
-            (scratch / self._state_file).write_bytes(_loadable(state))
-        self._note_best(final)
-        with self._all_or_none(final):
-            if self.args.should_save:
-                self.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
-                resume.write_manifest(scratch, step=self.state.global_step, processes=self.accelerator.num_processes)
-                resume.publish(scratch, final)
-                rotate_checkpoints(
-                    str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-                )
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    @contextlib.contextmanager
-    def _all_or_none(self, final: Path) -> Iterator[None]:
-        """A part of a save that every rank has done when the context ends; a failure on one ends it on all of them."""
-        failure = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        told = resume.not_written(failure, final, final.parent) if failure else None
-        failed = torch.tensor([failure is not None], device=self.accelerator.device)
-        if not bool(self.accelerator.gather(failed).any()):
-            return
-        if self.args.should_save:
-            shutil.rmtree(final.parent / resume.SCRATCH, ignore_errors=True)
-        if failure is None:
-            raise UserError(f"runs_dir: {final} could not be written by another process, whose message says why.")
-        if told is None:
-            raise failure
-        raise told from failure
-
-    @contextlib.contextmanager
-    def _saving_in(self, folder: Path) -> Iterator[None]:
-        """Let transformers take a folder for the run directory, and know of no best step: it would wait for others."""
-        best = self.state.best_global_step
-        self._scratch, self.state.best_global_step = folder, None
-        try:
-            yield
-        finally:
-            self._scratch, self.state.best_global_step = None, best
-
-    def _note_best(self, final: Path) -> None:
-        """Note the folder of the best step, if that was saved, as transformers does before it saves the state."""
-        if self.state.best_global_step:
-            best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if best == final or best.exists():
-                self.state.best_model_checkpoint = str(best)
-
-    def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self._scratch is None:  # what is uploaded must stay where it is
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _get_train_sampler(self, dataset=None):
-        self._order = super()._get_train_sampler(dataset)
-        return self._order
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint:
-            self._skip_finished_epochs(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).epoch)
-        ranks = len(list(Path(checkpoint).glob("rltoken_*.pt"))) if checkpoint else 0
-        if ranks not in (0, self.accelerator.num_processes):
-            raise UserError(
-                f"resume: {checkpoint} was written by {ranks} processes and there are "
-                f"{self.accelerator.num_processes}; start as many as then."
-            )
-        if ranks:  # a checkpoint of plain TRL has none
-            path = Path(checkpoint) / self._state_file
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["window"]
-            self.restore_state(state["extra"])
-
-    @property
-    def _state_file(self) -> str:
-        return f"rltoken_{self.accelerator.process_index}.pt"
-
     # Helpers
-
-    def _skip_finished_epochs(self, epochs: float) -> None:
-        """Draw the orders of the epochs that are over: TRL's sampler draws one per pass, and begins with the first."""
-        if isinstance(self._order, RepeatSampler) and self._order.shuffle:
-            for _ in range(int(epochs)):
-                torch.randperm(self._order.num_samples, generator=self._order.generator)
 
     def _siblings(self, prompt_ids: list[list[int]], num_generations: int) -> int:
         """How many successive prompts vLLM may take for one and the same: it samples the first of them so often."""
@@ -600,25 +464,6 @@ def _producing(captured: list[Tensor], completion_columns: int) -> Tensor | None
     if not captured:
         return None
     return torch.cat([states[:, -completion_columns - 1 : -1] for states in captured])
-
-
-def _loadable(state: dict[str, Any]) -> bytes:
-    """The state as a file that loads without unpickling arbitrary objects.
-
-    Raises:
-        UserError: it would not load again.
-    """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except Exception as error:
-        raise UserError(
-            "method: a checkpoint of this window could not be loaded again: a stage's state_dict, or a column that a "
-            f"forward stage names through 'inputs', holds more than tensors and plain values ({first_line(error)}); "
-            "convert it."
-        ) from error
-    return buffer.getvalue()
 
 
 def _columns(extras: list[dict[str, Any]]) -> defaultdict[str, list[Any]]:

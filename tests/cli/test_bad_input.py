@@ -112,6 +112,7 @@ REFUSED = {
     "wrong type of a switch": (lambda d: ["trainer.use_cpu=maybe"], r"trainer\.use_cpu: .*not a valid bool"),
     "wrong type outside trainer": (lambda d: ["eval.samples=many"], r"eval\.samples: Value 'many' .*of that type"),
     "wrong type of seed": (lambda d: ["seed=abc"], r"seed: 'abc' .*set seed="),
+    "no such on_change": (lambda d: ["on_change=maybe"], r"on_change: 'maybe' is unknown; use 'refuse' or 'accept'"),
     "wrong type of resume": (lambda d: ["resume=true"], r"resume: True .*set resume=auto"),
     "no method": (lambda d: ["method=null"], r"method: .*set method=\{\}"),
     "no problem to evaluate": (lambda d: ["eval.limit=0"], r"eval\.limit: 0 .*set it to 1 or more"),
@@ -220,15 +221,30 @@ def test_another_configuration_is_not_resumed(cli):
     (report,) = cli("name=mine").runs.glob("mine/report.json")
     report.unlink()
     other = cli("name=mine", "resume=auto", "trainer.beta=0.5", "eval.before=false", "eval.after=false")
-    assert other.status == 2 and "error: " in other.err and "trainer.beta=0.0, not 0.5" in other.err
+    assert other.status == 2 and "error: " in other.err and "mine does not fit: trainer.beta was 0.0 and is 0.5;" in other.err
 
 
 def test_a_finished_run_is_not_taken_for_one_of_other_settings(cli):
     quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
     assert cli(*quick).status == 0
     other = cli(*quick, "trainer.beta=0.5")
-    assert other.status == 2 and re.match(r"error: trainer\.beta: .*trainer\.beta=0\.0, not 0\.5", other.err)
+    assert other.status == 2 and "does not fit: trainer.beta was 0.0 and is 0.5; go" in other.err
     assert "is finished" not in other.out and "is finished" in cli(*quick).out
+
+
+def test_changed_settings_are_accepted_on_demand(cli):
+    quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
+    assert cli(*quick).status == 0
+    longer = cli(*quick, "trainer.max_steps=3", "on_change=accept")
+    assert longer.status == 0, longer.err
+    assert "mine: trainer.max_steps was 2 and is 3. Accepted: from here on" in longer.out
+    run = longer.runs / "mine"
+    assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").open())] == [1, 2, 2, 3, 3]
+    assert "max_steps: 2" in (run / "config.0.yaml").read_text() and (run / "report.0.json").exists()
+    assert "max_steps: 3" in (run / "config.yaml").read_text()
+    assert json.loads((run / "report.json").read_text())["steps"] == 3
+    again = cli(*quick, "trainer.max_steps=3")
+    assert again.status == 0 and "is finished" in again.out
 
 
 def test_a_method_is_asked_for(cli):

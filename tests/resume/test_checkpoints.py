@@ -8,6 +8,7 @@ import resource
 import shutil
 
 import pytest
+from omegaconf import OmegaConf
 
 from rltoken import resume, runs
 from rltoken.errors import UserError
@@ -15,7 +16,7 @@ from rltoken.errors import UserError
 CONTENTS = {"model.safetensors": 5000, "optimizer.pt": 9000, "trainer_state.json": 300, "sub/adapter.bin": 70}
 
 
-def written(folder, step=None, processes=1, manifest=True):
+def written(folder, step=None, processes=1, manifest=True, **facts):
     """A checkpoint of random bytes."""
     for name, size in CONTENTS.items():
         path = folder / name
@@ -23,7 +24,7 @@ def written(folder, step=None, processes=1, manifest=True):
         path.write_bytes(random.Random(name).randbytes(size))
     if manifest:
         step = int(folder.name.rpartition("-")[2]) if step is None else step
-        resume.write_manifest(folder, step=step, processes=processes)
+        resume.write_manifest(folder, step=step, processes=processes, **{"data": None} | facts)
     return folder
 
 
@@ -162,49 +163,79 @@ def test_errors_inside_the_run_directory_and_full_disks_are_told(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def chosen(folder, how, on_change="refuse"):
+    return runs.checkpoint(folder, OmegaConf.create({"resume": how, "on_change": on_change}))
+
+
 def test_auto_prints_what_it_skips(tmp_path, capsys):
-    assert runs.checkpoint(tmp_path, "auto") is None and runs.checkpoint(tmp_path, None) is None
+    assert chosen(tmp_path, "auto") is None and chosen(tmp_path, None) is None
     for step in (1, 2):
         written(tmp_path / f"checkpoint-{step}")
-    assert runs.checkpoint(tmp_path, "auto") == str(tmp_path / "checkpoint-2") and capsys.readouterr().out == ""
+    assert chosen(tmp_path, "auto") == str(tmp_path / "checkpoint-2") and capsys.readouterr().out == ""
     flip(tmp_path / "checkpoint-2/optimizer.pt", 5)
-    assert runs.checkpoint(tmp_path, "auto") == str(tmp_path / "checkpoint-1")
+    assert chosen(tmp_path, "auto") == str(tmp_path / "checkpoint-1")
     skipped, going_on = capsys.readouterr().out.splitlines()
     assert "skipped" in skipped and "checkpoint-2: optimizer.pt is damaged" in skipped and "checkpoint-1" in going_on
     (tmp_path / "checkpoint-1" / resume.MANIFEST).unlink()
-    assert runs.checkpoint(tmp_path, "auto") is None
+    assert chosen(tmp_path, "auto") is None
     assert "from the beginning: no checkpoint is whole" in capsys.readouterr().out
 
 
 def test_a_named_checkpoint_is_checked(tmp_path, capsys):
     folder = written(tmp_path / "run/checkpoint-2")
-    assert runs.checkpoint(tmp_path, str(folder)) == str(folder)
+    assert chosen(tmp_path, str(folder)) == str(folder)
     (folder / "trainer_state.json").unlink()
     with pytest.raises(UserError, match=r"resume: .*checkpoint-2 is broken: trainer_state.json is missing; set resume"):
-        runs.checkpoint(tmp_path, str(folder))
+        chosen(tmp_path, str(folder))
     stock = written(tmp_path / "stock/checkpoint-2", manifest=False)
-    assert runs.checkpoint(tmp_path, str(stock)) == str(stock)
+    assert chosen(tmp_path, str(stock)) == str(stock)
     assert "has no rltoken_manifest.json" in capsys.readouterr().out
     with pytest.raises(UserError, match="is no checkpoint; set resume=auto"):
-        runs.checkpoint(tmp_path, str(tmp_path))
+        chosen(tmp_path, str(tmp_path))
 
 
 @pytest.mark.parametrize("how", ["auto", "path"])
 def test_another_number_of_processes_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, how):
     folder = written(tmp_path / "checkpoint-2", processes=2)
-    with pytest.raises(UserError, match=r"resume: .*written by 2 processes and there are 1; start as many as then"):
-        runs.checkpoint(tmp_path, "auto" if how == "auto" else str(folder))
+    with pytest.raises(UserError, match=r"resume: .*written by 2 processes and there are 1; go back to what was"):
+        chosen(tmp_path, "auto" if how == "auto" else str(folder))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert runs.checkpoint(tmp_path, "auto" if how == "auto" else str(folder)) == str(folder)
+    assert chosen(tmp_path, "auto" if how == "auto" else str(folder)) == str(folder)
 
 
-def test_other_versions_are_told_in_one_line(tmp_path, monkeypatch, capsys):
+def test_other_versions_are_refused_or_accepted_with_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resume, "versions", lambda: {"torch": "2.0", "trl": "1.16"})
     folder = written(tmp_path / "checkpoint-2")
     monkeypatch.setattr(resume, "versions", lambda: {"torch": "2.1", "trl": "1.16"})
-    assert runs.checkpoint(tmp_path, "auto") == str(folder)
+    with pytest.raises(UserError, match=r"it was written by torch 2\.0 and this is 2\.1; .*set on_change=accept"):
+        chosen(tmp_path, "auto")
+    assert chosen(tmp_path, "auto", "accept") == str(folder)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "written by torch 2.0 (now 2.1): going on need not give" in line
+    assert "torch 2.0" in line and "from here on the numbers are not those of a run in one piece" in line
+
+
+def test_what_has_changed_is_named(tmp_path):
+    folder = written(tmp_path / "checkpoint-2", data="a", weights_only=True)
+    assert resume.changed(folder, data="b", processes=2) == [
+        "it has no state of the optimizer (trainer.save_only_model)",
+        "it was written by 1 processes and there are 2",
+        "the training data are others than then",
+    ]
+    assert len(resume.changed(folder, data="a", processes=1)) == 1
+    assert resume.changed(written(tmp_path / "stock", manifest=False), data="b") == []
+
+
+def test_many_changes_are_not_all_named():
+    with pytest.raises(UserError, match="x does not fit: 0; 1; 2; 3; 4; and 2 more; go back"):
+        resume.accept_or_refuse("x", list("0123456"), "refuse")
+    resume.accept_or_refuse("x", [], "refuse")
+
+
+def test_the_digest_of_rows_sees_order_and_values():
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "answer": ["1"]}, {"prompt": "b", "answer": ["2"]}]
+    known = resume.digest_of_rows(rows)
+    assert known == resume.digest_of_rows([dict(reversed(row.items())) for row in rows])
+    assert known not in (resume.digest_of_rows(rows[::-1]), resume.digest_of_rows(rows[:1]))
 
 
 def test_without_file_descriptors_nothing_is_skipped(tmp_path):

@@ -52,15 +52,15 @@ def not_writable(folder):
 
 def in_a_save(monkeypatch, step, fault):
     """Let one save of the trainer run inside the context `fault(run directory)`."""
-    from rltoken.trl_compat import SeamTrainer
+    from rltoken.trl_saving import SavingTrainer
 
-    save = SeamTrainer._save_checkpoint
+    save = SavingTrainer._save_checkpoint
 
     def faulty(self, model, trial):
         with fault(Path(self.args.output_dir)) if self.state.global_step == step else contextlib.nullcontext():
             save(self, model, trial)
 
-    monkeypatch.setattr(SeamTrainer, "_save_checkpoint", faulty)
+    monkeypatch.setattr(SavingTrainer, "_save_checkpoint", faulty)
 
 
 FULL = "a file would pass the limit on file sizes; raise it"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from rltoken import resume
 from rltoken.errors import UserError
 from rltoken.methods.budget_prompt import budget_prompt
 from rltoken.methods.dynamic_sampling import dynamic_sampling
@@ -201,6 +202,36 @@ def test_resume_is_exact_past_the_end_of_an_epoch(run, tiny, tmp_path, step):
     assert whole.distance(resumed) == 0.0
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_resume_between_two_logs_is_exact(run, tmp_path, step):
+    """The next log averages over steps before the checkpoint too, and shows completions from before it."""
+    settings = RESUMED["odd step of a window"] | {"max_steps": 6, "logging_steps": 3, "log_completions": True}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "reward": sometimes}
+    whole = run({}, output_dir=tmp_path / "whole", **settings)
+    resumed = run({}, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings)
+    assert whole.metrics == resumed.metrics and len(whole.metrics) == 3
+    for at in (3, 6):
+        tables = [tmp_path / f"{name}/completions/completions_{at:05d}.parquet" for name in ("whole", "resumed")]
+        assert at < step or len(pd.read_parquet(tables[0])) > 0
+        assert at < step or pd.read_parquet(tables[0]).equals(pd.read_parquet(tables[1]))
+
+
+def test_a_reference_that_follows_is_resumed(run, tmp_path):
+    settings = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    settings |= {"save_strategy": "steps", "save_steps": 1}
+    whole = run({}, output_dir=tmp_path / "whole", **settings)
+    resumed = run({}, output_dir=tmp_path / "resumed", resume=str(tmp_path / "whole/checkpoint-2"), **settings)
+    assert whole.distance(resumed) == 0.0
+
+
+def test_saving_never_touches_training(run, tmp_path):
+    settings = RESUMED["odd step of a window"] | {"reward": sometimes}
+    stages = {"rows": {"dynamic": dynamic_sampling}}
+    plain = run(stages, **settings)
+    saved = run(stages, **settings, save_strategy="steps", save_steps=1)
+    assert plain.distance(saved) == 0.0 and plain.metrics == saved.metrics
+
+
 def test_evaluation_never_touches_training(run, tiny):
     plain = run({})
     dataset = tiny[2]
@@ -264,10 +295,22 @@ def test_drawn_prompts_pass_the_prompt_stages(run):
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(run, tmp_path):
     run({}, output_dir=tmp_path / "one", save_strategy="steps", save_steps=2)
-    state = tmp_path / "one/checkpoint-2/rltoken_0.pt"
-    (state.parent / "rltoken_1.pt").write_bytes(state.read_bytes())
+    folder = tmp_path / "one/checkpoint-2"
+    resume.write_manifest(folder, step=2, processes=2, data=None)
     with pytest.raises(UserError, match=r"resume: .*written by 2 processes and there are 1"):
-        run({}, output_dir=tmp_path / "two", resume=str(state.parent))
+        run({}, output_dir=tmp_path / "two", resume=str(folder))
+    accepted = run({}, output_dir=tmp_path / "two", resume=str(folder), on_change="accept")
+    assert accepted.trainer.state.global_step == 4
+
+
+def test_a_checkpoint_of_other_data_is_refused(run, tiny, tmp_path, capsys):
+    run({}, output_dir=tmp_path / "one", save_strategy="steps", save_steps=2)
+    other = {"output_dir": tmp_path / "two", "resume": str(tmp_path / "one/checkpoint-2")}
+    other["train_dataset"] = tiny[2].select(range(1, 64))
+    with pytest.raises(UserError, match=r"resume: .*checkpoint-2 does not fit: the training data are others than then"):
+        run({}, **other)
+    assert run({}, **other, on_change="accept").trainer.state.global_step == 4
+    assert "the training data are others than then. Accepted: from here on" in capsys.readouterr().out
 
 
 def test_a_negative_weight_is_refused(run):

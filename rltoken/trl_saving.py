@@ -1,0 +1,269 @@
+"""Checkpoints that are whole or absent, and a resume as if nothing had happened: the private names that this takes.
+
+A checkpoint is written into a scratch folder by transformers' own code, gets a file of each rank with what transformers
+and TRL leave out (the window and its step phase, sums since the last log, stage state), then its manifest, then its
+place (`rltoken.resume`). A failure on one rank ends the save on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from rltoken import resume
+from rltoken.errors import UserError, first_line
+
+# With several processes on CPUs transformers loads the optimizer to "cpu:0", a place that torch does not know.
+torch.serialization.register_package(
+    50, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
+REFERENCE = "rltoken_reference.pt"
+"""The file of a reference model that follows the policy (trainer.sync_ref_model)."""
+TABLES = ("prompt", "completion", "advantages")
+"""Columns of TRL's table of completions; reward functions' own stand below `rewards` and `extra`."""
+
+
+class _AtTrainBegin(TrainerCallback):
+    """Calls a function when training begins: transformers clears sums after it has loaded a checkpoint."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Call it."""
+        self._call()
+
+
+class SavingTrainer(GRPOTrainer):
+    """GRPOTrainer whose checkpoints are whole or absent and resume exactly."""
+
+    on_change = "refuse"
+    """'refuse' or 'accept' a checkpoint of other data or of another number of processes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._order: Any = None
+        self._scratch: Path | None = None
+        self._sums: Mapping[str, Any] | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(_AtTrainBegin(self._restore_sums))
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
+        return {}
+
+    def restore_state(self, state: dict[str, Any], *, ranks: int) -> None:
+        """Restore what `checkpoint_state` gave on one of `ranks` ranks."""
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """TRL's model card, with folders where TRL, for want of hub ids, writes None."""
+        try:
+            self._write_model_card(model_name, dataset_name, tags)
+        except OSError:  # a full disk is told by what is saved after the card: rank 0 must come to the same collectives
+            if self._scratch is None:
+                raise
+
+    def _write_model_card(self, *arguments: Any) -> None:
+        super().create_model_card(*arguments)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.accelerator.is_main_process and path.exists():
+            text = path.read_text(encoding="utf-8")
+            source = self.model.config._name_or_path or "a model made in memory"
+            text = text.replace("[None](https://huggingface.co/None)", f"`{source}`")
+            path.write_text(text.replace('model="None"', f'model="{path.parent / "final"}"'), encoding="utf-8")
+
+    # Saving
+
+    def _save_checkpoint(self, model, trial):
+        run = Path(self._get_output_dir(trial=trial))
+        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        scratch = run / resume.SCRATCH / final.name
+        with self._all_or_none(final):
+            if self.args.should_save:
+                resume.prepare(scratch)
+        with self._all_or_none(final), self._saving_in(scratch.parent):
+            super()._save_checkpoint(model, trial)
+            self._save_what_is_left_out(scratch)
+        self._note_best(final)
+        with self._all_or_none(final):
+            if self.args.should_save:
+                self.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+                resume.write_manifest(
+                    scratch,
+                    step=self.state.global_step,
+                    processes=self.accelerator.num_processes,
+                    data=self._data_digest,
+                    weights_only=self.args.save_only_model,
+                )
+                resume.publish(scratch, final)
+                rotate_checkpoints(
+                    str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _save_what_is_left_out(self, folder: Path) -> None:
+        state = {
+            "step": self._step,
+            "window": self._buffered_inputs,
+            "sums": self._sums_since_the_last_log(),
+            "extra": self.checkpoint_state(),
+        }
+        (folder / self._state_file).write_bytes(_loadable(state))
+        if self.args.sync_ref_model and self.args.should_save:
+            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
+
+    @contextlib.contextmanager
+    def _all_or_none(self, final: Path) -> Iterator[None]:
+        """A part of a save that every rank has done when the context ends; a failure on one ends it on all of them."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        told = resume.not_written(failure, final, final.parent) if failure else None
+        failed = torch.tensor([failure is not None], device=self.accelerator.device)
+        if not bool(self.accelerator.gather(failed).any()):
+            return
+        if self.args.should_save:
+            shutil.rmtree(final.parent / resume.SCRATCH, ignore_errors=True)
+        if failure is None:
+            raise UserError(f"runs_dir: {final} could not be written by another process, whose message says why.")
+        if told is None:
+            raise failure
+        raise told from failure
+
+    @contextlib.contextmanager
+    def _saving_in(self, folder: Path) -> Iterator[None]:
+        """Let transformers take a folder for the run directory, and know of no best step: it would wait for others."""
+        best = self.state.best_global_step
+        self._scratch, self.state.best_global_step = folder, None
+        try:
+            yield
+        finally:
+            self._scratch, self.state.best_global_step = None, best
+
+    def _note_best(self, final: Path) -> None:
+        """Note the folder of the best step, if that was saved, as transformers does before it saves the state."""
+        if self.state.best_global_step:
+            best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._scratch is None else str(self._scratch)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._scratch is None:  # what is uploaded must stay where it is
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _sums_since_the_last_log(self) -> dict[str, Any]:
+        """What the next log will average over or show, as plain values."""
+        tables = {name: list(self._logs[name]) for name in TABLES}
+        for name in ("rewards", "extra"):
+            tables[name] = {column: [_plain(value) for value in values] for column, values in self._logs[name].items()}
+        return {
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "loss": self._tr_loss.item(),
+            "logged_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+            "tables": tables if self.log_completions else None,
+        }
+
+    # Resuming
+
+    def _get_train_sampler(self, dataset=None):
+        self._order = super()._get_train_sampler(dataset)
+        return self._order
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            self._load_what_is_left_out(Path(checkpoint))
+
+    def _load_what_is_left_out(self, folder: Path) -> None:
+        self._skip_finished_epochs(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch)
+        if not (folder / resume.MANIFEST).exists():  # a checkpoint of plain TRL
+            return
+        ranks, now = resume.read_manifest(folder)["processes"], {"data": self._data_digest}
+        if self.on_change == "refuse":  # else it was told when the checkpoint was chosen
+            now["processes"] = self.accelerator.num_processes
+        resume.accept_or_refuse(str(folder), resume.changed(folder, **now), self.on_change)
+        same = ranks == self.accelerator.num_processes
+        state = self._load(folder / (self._state_file if same else "rltoken_0.pt"))
+        if same:
+            self._step, self._buffered_inputs, self._sums = state["step"], state["window"], state["sums"]
+        self.restore_state(state["extra"], ranks=ranks)
+        if (folder / REFERENCE).exists():
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._load(folder / REFERENCE))
+
+    def _load(self, path: Path) -> Any:
+        return torch.load(path, map_location=self.accelerator.device, weights_only=True)
+
+    def _restore_sums(self) -> None:
+        """Put back what `_sums_since_the_last_log` gave, once."""
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return
+        self._metrics["train"].update(sums["metrics"])
+        self._tr_loss += sums["loss"]
+        self._total_loss_scalar, self._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
+        for name, values in (sums["tables"] or {}).items():
+            if isinstance(values, dict):
+                for column, column_values in values.items():
+                    self._logs[name][column].extend(column_values)
+            else:
+                self._logs[name].extend(values)
+
+    def _skip_finished_epochs(self, epochs: float) -> None:
+        """Draw the orders of the epochs that are over: TRL's sampler draws one per pass, and begins with the first."""
+        if isinstance(self._order, RepeatSampler) and self._order.shuffle:
+            for _ in range(int(epochs)):
+                torch.randperm(self._order.num_samples, generator=self._order.generator)
+
+    @property
+    def _state_file(self) -> str:
+        return f"rltoken_{self.accelerator.process_index}.pt"
+
+    @functools.cached_property
+    def _data_digest(self) -> str | None:
+        return resume.digest_of_rows(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+
+
+def _plain(value: Any) -> Any:
+    """A logged value as something that loads without unpickling: numbers of numpy and torch as Python's own."""
+    if isinstance(value, Tensor) or hasattr(value, "item"):
+        return value.item()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _loadable(state: dict[str, Any]) -> bytes:
+    """The state as a file that loads without unpickling arbitrary objects.
+
+    Raises:
+        UserError: it would not load again.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise UserError(
+            "method: a checkpoint of this window could not be loaded again: a stage's state_dict, or a column that a "
+            f"forward stage names through 'inputs', holds more than tensors and plain values ({first_line(error)}); "
+            "convert it."
+        ) from error
+    return buffer.getvalue()
