@@ -5,6 +5,9 @@ Paper: Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Sca
 
 Deviation: the window is refilled in place for at most `max_rounds` rounds; groups without spread left then stay
 (their advantage is zero), so that the number of rows never changes. Prompts come from a stream of their own.
+
+Logged per window (mean over ranks): `dynamic_sampling/dropped` groups that were replaced, `/rounds` of sampling after
+the first, `/flat` the share of groups without spread that are left.
 """
 
 import dataclasses
@@ -32,16 +35,21 @@ def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: Count = 
             "stops it, such as ~method.controls.brpo"
         )
     if rollout.signals or len(rollout.rows) != len(rollout.inputs):
-        raise ValueError("dynamic sampling replaces thinking rows, so it must come before stages that add rows")
-    size = rollout.group_size
-    for _ in range(max_rounds):
-        flat = flat_groups(sampler.total(rollout.rewards), size)
-        if not sampler.most(len(flat)):
-            break
+        raise ValueError(
+            "dynamic sampling replaces thinking rows, so it must come before stages that add rows; on the command line "
+            "write +rows=dynamic_sampling before +exp=..."
+        )
+    size, dropped, rounds = rollout.group_size, 0, 0
+    flat = flat_groups(sampler.total(rollout.rewards), size)
+    while rounds < max_rounds and sampler.most(len(flat)):
         prompts = sampler.draw(len(flat))
         fresh = sampler.roll([prompt for prompt in prompts for _ in range(size)])
         rollout = replace_groups(rollout, fresh, flat)
-    return rollout
+        dropped, rounds = dropped + len(flat), rounds + 1
+        flat = flat_groups(sampler.total(rollout.rewards), size)
+    counts = {"dropped": dropped, "rounds": rounds, "flat": len(flat) * size / len(rollout.inputs)}
+    metrics = {f"dynamic_sampling/{name}": float(count) for name, count in counts.items()}
+    return dataclasses.replace(rollout, metrics=rollout.metrics | metrics)
 
 
 def flat_groups(rewards: Tensor, size: int) -> list[int]:

@@ -221,7 +221,11 @@ def test_another_configuration_is_not_resumed(cli):
     (report,) = cli("name=mine").runs.glob("mine/report.json")
     report.unlink()
     other = cli("name=mine", "resume=auto", "trainer.beta=0.5", "eval.before=false", "eval.after=false")
-    assert other.status == 2 and "error: " in other.err and "mine does not fit: trainer.beta was 0.0 and is 0.5;" in other.err
+    assert (
+        other.status == 2
+        and "error: " in other.err
+        and "mine does not fit: trainer.beta was 0.0 and is 0.5;" in other.err
+    )
 
 
 def test_a_finished_run_is_not_taken_for_one_of_other_settings(cli):

@@ -151,12 +151,23 @@ def test_dynamic_sampling_replaces_flat_groups(run):
         prompts = [str(example["prompt"]) for example in rollout.inputs]
         assert prompts[0::2] == prompts[1::2]
     assert result.metrics[0]["frac_reward_zero_std"] == 0.0
-    assert result.trainer.sampler.stream.cursor > 0
+    counted = [metrics for metrics in result.metrics if "dynamic_sampling/rounds" in metrics]
+    assert len(counted) == len(kept) and all(metrics["dynamic_sampling/flat"] == 0 for metrics in counted)
+    assert sum(metrics["dynamic_sampling/dropped"] for metrics in counted) == result.trainer.sampler.stream.cursor > 0
+    assert max(metrics["dynamic_sampling/rounds"] for metrics in counted) > 1
     table = pd.read_parquet(min(Path(result.trainer.args.output_dir).glob("completions/*.parquet")))
     assert len(table) == 8 and [float(v) for v in table["sometimes"]] == kept[0][0].flatten().tolist()
     assert result.metrics[0]["completions/mean_length"] == pytest.approx(
         sum(len(row.completion_ids) for row in kept[0][1].rows) / 8
     )
+
+
+def test_dynamic_sampling_gives_up_after_its_rounds_and_says_so(run):
+    """No reward has spread: each round replaces all groups, and they stay flat."""
+    alike = functools.partial(dynamic_sampling, max_rounds=2)
+    result = run({"rows": {"dynamic": alike}}, reward=lambda completions, **_: [1.0] * len(completions), max_steps=1)
+    assert result.metrics[0]["dynamic_sampling/dropped"] == 2 * 2 and result.metrics[0]["dynamic_sampling/rounds"] == 2
+    assert result.metrics[0]["dynamic_sampling/flat"] == 1.0 and result.trainer.sampler.stream.cursor == 4
 
 
 BOTH = ("thinking", "summary")
