@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from rltoken.errors import UserError, first_line
+from rltoken.errors import UserError, first_line, nearest
 from rltoken.rewards.text import content
 
 Reward = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 OnError = Literal["stop", "crash"]
+RAISED = (Exception, SystemExit)
+"""What counts as raised: sys.exit() in a reward would end the run without a word. Ctrl-C and cancellation pass."""
 
 
 def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
@@ -31,12 +33,14 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
         name: what errors and metrics call it.
 
     Raises:
-        UserError: (when called) a sample that raises under 'stop', another number of rewards than completions, or a
+        UserError: no function, or one that cannot take the columns it is not interested in; (when called) a parameter
+            that no column fills, a sample that raises under 'stop', another number of rewards than completions, or a
             reward that is no finite number and not None. Names the function, and the sample where there is one.
     """
+    signature = _signature(func, name)
     printed: list[bool] = []
 
-    def print_once(error: Exception) -> None:
+    def print_once(error: BaseException) -> None:
         if not printed:
             traceback.print_exception(error, file=sys.stderr)
             printed.append(True)
@@ -44,9 +48,10 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
     @functools.wraps(func)
     def call(**columns: Any) -> list[float | None]:
         """One reward per completion."""
+        _refuse_missing(signature, name, columns)
         try:
             values = func(**columns)
-        except Exception as error:
+        except RAISED as error:
             print_once(error)
             values = _settled(name, on_error, error, [_tried(func, single) for single in _singles(columns)], columns)
         return _checked(name, values, columns)
@@ -54,9 +59,10 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
     @functools.wraps(func)
     async def call_async(**columns: Any) -> list[float | None]:
         """One reward per completion."""
+        _refuse_missing(signature, name, columns)
         try:
             values = await func(**columns)
-        except Exception as error:
+        except RAISED as error:
             print_once(error)
             found = [await _tried_async(func, single) for single in _singles(columns)]
             values = _settled(name, on_error, error, found, columns)
@@ -67,18 +73,53 @@ def guarded(func: Reward, *, name: str, on_error: OnError = "stop") -> Reward:
     return made
 
 
+def _signature(func: Any, name: str) -> inspect.Signature:
+    """The signature of a reward function, or of an object's `__call__`.
+
+    Raises:
+        UserError: a class in the place of its object, no function, or a function without `**columns`: TRL hands over
+            every column of the data set and some arguments of its own, and no function names all of them.
+    """
+    if inspect.isclass(func) or (isinstance(func, functools.partial) and inspect.isclass(func.func)):
+        raise UserError(f"reward.funcs.{name}: a class needs no _partial_, only its arguments; remove it.")
+    if not callable(func):
+        raise UserError(
+            f"reward.funcs.{name}: {reprlib.repr(func)} is no function; give it a _target_ and, unless that is a "
+            "class, _partial_: true."
+        )
+    signature = inspect.signature(func)
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        raise UserError(
+            f"reward.funcs.{name}: its signature {signature} has no place for the columns that it does not name; add "
+            "the parameter **columns at its end."
+        )
+    return signature
+
+
+def _refuse_missing(signature: inspect.Signature, name: str, columns: dict[str, Any]) -> None:
+    """Refuse a call that leaves a parameter without a value, which no sample is to blame for."""
+    for parameter in signature.parameters.values():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic and parameter.name not in columns:
+            raise UserError(
+                f"reward.funcs.{name}: nothing fills its parameter "
+                f"'{parameter.name}'{nearest(parameter.name, columns)}; there are: {', '.join(columns)}. Name one of "
+                f"them, or give it a value: reward.funcs.{name}.{parameter.name}=..."
+            )
+
+
 def _tried(func: Reward, single: dict[str, Any]) -> Any:
     """The reward of one sample, or the exception that it raises."""
     try:
         return func(**single)[0]
-    except Exception as error:
+    except RAISED as error:
         return error
 
 
 async def _tried_async(func: Reward, single: dict[str, Any]) -> Any:
     try:
         return (await func(**single))[0]
-    except Exception as error:
+    except RAISED as error:
         return error
 
 
@@ -93,14 +134,14 @@ def _singles(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _settled(
-    name: str, on_error: OnError, error: Exception, found: list[Any], columns: dict[str, Any]
+    name: str, on_error: OnError, error: BaseException, found: list[Any], columns: dict[str, Any]
 ) -> list[float | None]:
     """The rewards of a call that raised, from those of its samples alone (or what each raised).
 
     Raises:
         UserError: under 'stop', or where the function raises for all of them together but for none alone.
     """
-    bad = [i for i, value in enumerate(found) if isinstance(value, Exception)]
+    bad = [i for i, value in enumerate(found) if isinstance(value, RAISED)]
     if not bad:
         raise UserError(
             f"reward.funcs.{name}: raised {type(error).__name__}: {first_line(error)} for {len(found)} completions, "

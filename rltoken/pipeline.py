@@ -61,6 +61,8 @@ CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think
 KINDLESS = ("prompts", "controls", "rows", "shapes")
 AFTER_SHUFFLE_LOST = frozenset({"parent", "rng"})
 """Window signals that mean nothing in a micro-batch: row numbers, and the window's random stream."""
+METHODS = "rltoken.methods."
+"""Where each file has one method: two shapes of one file are two forms of the same reward."""
 ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 """The loss types of TRL whose divisor counts rows."""
 
@@ -155,6 +157,7 @@ class Pipeline:
         refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
         _check_kinds(self)
         _check_published(self)
+        _check_alternatives(self)
         _check_controls(self, args)
         _check_nothing_is_discarded(self)
         _check_token_credit(self, args)
@@ -400,6 +403,19 @@ def _check_published(pipeline: Pipeline) -> None:
                 raise UserError(
                     f"{stage.key}: no rows stage publishes '{name}'; add one that does, such as +rows=brpo."
                 )
+
+
+def _check_alternatives(pipeline: Pipeline) -> None:
+    """Refuse two forms of one length reward, each of which would add its own terms."""
+    chosen: dict[str, str] = {}
+    for stage in pipeline["shapes"]:
+        home = (stage.call.func if isinstance(stage.call, functools.partial) else stage.call).__module__
+        if home.startswith(METHODS) and home in chosen:
+            raise UserError(
+                f"{stage.key}: it is another form of {chosen[home]}, and each would add its terms to the reward; leave "
+                "one of them out."
+            )
+        chosen[home] = stage.key
 
 
 def _check_nothing_is_discarded(pipeline: Pipeline) -> None:

@@ -20,13 +20,14 @@ from rltoken.errors import first_line, nearest
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `least` or `above` to `most` or `below`; `whole`: integers only."""
+    """The finite numbers from `least` or `above` to `most` or `below`; `whole`: integers only; `none`: None as well."""
 
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
     whole: bool = False
+    none: bool = False
 
     def __call__(self, value: Any) -> None:
         """Let a value pass.
@@ -34,6 +35,8 @@ class Range:
         Raises:
             ValueError: it is no such number; says which ones are.
         """
+        if value is None and self.none:
+            return
         number = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
         if not (
             number and math.isfinite(value) and self.least <= value <= self.most and self.above < value < self.below
@@ -43,7 +46,8 @@ class Range:
     def __str__(self) -> str:
         bounds = {"from": self.least, "above": self.above, "up to": self.most, "below": self.below}
         told = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
-        return f"a {'whole ' if self.whole else ''}number {' and '.join(told)}".rstrip()
+        number = f"a {'whole ' if self.whole else ''}number {' and '.join(told)}".rstrip()
+        return f"{number}, or to null" if self.none else number
 
 
 Share = Annotated[float, Range(above=0, most=1)]

@@ -11,7 +11,8 @@ which the rewards were read.
     kimi_i   = the length reward of `rltoken.methods.kimi_length`
     r_i      = format_i + cosine_i + kimi_i
 
-The sum takes the place of the reward: the cosine holds the correctness.
+The sum takes the place of the reward: the cosine holds the correctness. It is the reward of the recipe's second stage;
+the first, supervised fine-tuning on long traces, is not part of this file.
 
 - As published n_i counts characters and longest is 30000 (48000 for other models). By default here it counts the tokens
   of the whole completion, and longest is 10000, at about three characters per token. `unit` changes both.
@@ -21,7 +22,7 @@ The sum takes the place of the reward: the cosine holds the correctness.
   format, whatever its length, and a correct one never falls below it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +36,6 @@ RIGHT, WRONG = (0.1, 1.0), (-0.1, -1.0)
 """The cosine at the longest length, and at length 0."""
 
 
-def none_or_count(value: Any) -> None:
-    """Let nothing and whole numbers from 1 pass."""
-    if value is not None:
-        Range(least=1, whole=True)(value)
-
-
 def fast_math_r1(
     texts: list[str],
     rewards: Tensor,
@@ -49,7 +44,7 @@ def fast_math_r1(
     lengths: Tensor,
     *,
     unit: Literal["tokens", "characters"] = "tokens",
-    longest: Annotated[int | None, none_or_count] = None,
+    longest: Annotated[int | None, Range(least=1, whole=True, none=True)] = None,
     think_end: str = "</think>",
     gated: bool = True,
 ) -> Tensor:

@@ -16,10 +16,12 @@ A_intra is never above 0, and it is base(b) below 0 where a whole subgroup fails
 `form='code'` is what the released code does instead: within the budget R is the smaller of base(b) and the first line
 (so that a very short answer has a little less), and A_intra is added twice. Its prompt says "with" where the paper says
 "within". beta = 4 and alpha = 1/4096 were read in the code, L = 4096 (the longest completion in training) and the
-budgets in both; the paper gives no numbers for alpha and beta. std1 + 1e-6 is the code's.
+budgets (512, 1024, 2048, 2560) in both; the paper gives no numbers for alpha and beta. std1 + 1e-6 is the code's. Here
+the budgets are shares of L, and alpha is 1 / L unless it is set, so that all of them follow the longest completion.
 
-`gated` keeps a correct answer, which the second term can bring below 0, from falling below a wrong one of its group;
-the published form is gated=False. The gate leaves a wrong answer its own reward, 0 with an ordinary grader.
+`gated` lifts a correct answer, which the second term can bring below 0, to the highest reward of a wrong one of its
+group, whatever budgets the two had; the published form is gated=False. The gate leaves a wrong answer its own reward,
+which is 0 with an ordinary grader, as published.
 
 Deviations:
 - The sentence belongs behind the opening think tag, in the model's own voice. TRL always ends a prompt with the
@@ -37,18 +39,27 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from rltoken.methods.budget_prompt import are_budgets, asked, column, has_a_place
+from rltoken.methods.budget_prompt import asked, column, has_a_place
 from rltoken.ops import gate_by_success, group_mean, group_std
 from rltoken.ranges import Count, Range
+from rltoken.rollout.forced import in_tokens
 
 Scale = Annotated[float, Range(above=0)]
+
+
+def up_to_longest(budgets: Sequence[float], longest: int) -> None:
+    """Let ascending budgets pass of which none is longer than a completion may be: beyond it base(b) is below 0."""
+    last = in_tokens(budgets, longest)[-1]
+    if last > longest:
+        raise ValueError(f"{last} is more than the longest completion, {longest} tokens; lower it, or give fractions")
 
 
 def subgroup_prompt(
     inputs: list[dict[str, Any]],
     group: Tensor,
     *,
-    budgets: Annotated[Sequence[int], are_budgets] = (512, 1024, 2048, 2560),
+    budgets: Annotated[Sequence[float], up_to_longest] = (0.125, 0.25, 0.5, 0.625),
+    longest: Count = 4096,
     template: Annotated[str, has_a_place] = " I will answer the question within {budget} tokens.",
 ) -> list[dict[str, Any]]:
     """Append to the last message the budget of the row's subgroup, which is also put into the column `budget`.
@@ -56,22 +67,23 @@ def subgroup_prompt(
     Args:
         inputs: one dict per row, with a conversational `prompt`.
         group: [B]; the first rows of a group get the first budget, and so on, evenly.
-        budgets: completion tokens, one number per subgroup.
+        budgets: ascending, one per subgroup: whole numbers are completion tokens, fractions shares of `longest`.
+        longest: L, the longest completion, tokens.
         template: the text to append.
 
     Raises:
         ValueError: a group cannot be split evenly over the budgets.
     """
-    numbers = group.tolist()
+    points, numbers = in_tokens(budgets, longest), group.tolist()
     sizes, seen = Counter(numbers), Counter()
     changed = []
     for example, number in zip(inputs, numbers, strict=True):
-        if sizes[number] % len(budgets):
+        if sizes[number] % len(points):
             raise ValueError(
-                f"budgets: a group of {sizes[number]} cannot be split evenly over {len(budgets)}; make "
-                f"trainer.num_generations a multiple of {len(budgets)}, or set another number of budgets"
+                f"budgets: a group of {sizes[number]} cannot be split evenly over {len(points)}; make "
+                f"trainer.num_generations a multiple of {len(points)}, or set another number of budgets"
             )
-        budget = budgets[seen[number] * len(budgets) // sizes[number]]
+        budget = points[seen[number] * len(points) // sizes[number]]
         seen[number] += 1
         changed.append({**asked(example, template.format(budget=budget)), "budget": budget})
     return changed
@@ -86,7 +98,7 @@ def budget_reward(
     *,
     longest: Count = 4096,
     beta: Scale = 4.0,
-    alpha: Annotated[float, Range(least=0)] = 1 / 4096,
+    alpha: Annotated[float | None, Range(least=0, none=True)] = None,
     form: Literal["paper", "code"] = "paper",
     gated: bool = True,
 ) -> Tensor:
@@ -100,16 +112,17 @@ def budget_reward(
         group: [B].
         longest: L, completion tokens beyond which a correct answer is worth nothing.
         beta: what an answer of no length is worth.
-        alpha: what each token beyond the budget costs.
+        alpha: what each token beyond the budget costs; None: 1 / longest.
         form: which definition of the reward within the budget (above).
-        gated: no correct answer below a wrong one of its group.
+        gated: lift a correct answer to the best wrong one of its group where it is below; False: as published.
 
     Raises:
         ValueError: a row has no budget.
     """
     n, budgets = lengths.double(), budgets_of(inputs, rewards.device)
     within = base(budgets, longest, beta)
-    beyond = base(n, longest, beta) - alpha * (n - budgets).abs()
+    cost = 1 / longest if alpha is None else alpha
+    beyond = base(n, longest, beta) - cost * (n - budgets).abs()
     value = torch.where(n > budgets, beyond, within if form == "paper" else torch.minimum(beyond, within))
     shaped = torch.where(correct & (n <= longest), value, 0.0).to(rewards.dtype)
     shaped = torch.where(rewards.isnan(), rewards, shaped)

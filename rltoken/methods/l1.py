@@ -86,8 +86,7 @@ def l1_exact(
     Raises:
         ValueError: a prompt without a budget.
     """
-    budgets = rewards.new_tensor(column(inputs, "budget", SOURCE))
-    shaped = rewards - alpha * (budgets - lengths).abs()
+    shaped = rewards - slack(inputs, lengths, alpha, rewards).abs()
     return gate_by_success(shaped, rewards, correct, group) if gated else shaped
 
 
@@ -106,17 +105,32 @@ def l1_max(
     """[B] rewards times a factor that falls from 1 to 0 as the length passes the one that the prompt names.
 
     Args:
-        inputs, rewards, correct, group, lengths, alpha, gated: as in `l1_exact`, which also gives the reward of the
-            prompts whose column `budget_kind` is 'exact'.
+        inputs, rewards, correct, group, lengths, alpha, gated: as in `l1_exact`. Prompts whose column `budget_kind` is
+            'exact' have the reward of that; all others, also those without that column, name a maximum.
         delta: the factor at the named length; the code's reading has 0.5.
         reading: the paper's factor, or the code's, which has half its slope.
 
     Raises:
         ValueError: a prompt without a budget.
     """
-    slack = alpha * (rewards.new_tensor(column(inputs, "budget", SOURCE)) - lengths)
-    factor = (slack + delta).clamp(0, 1) if reading == "paper" else (slack.clamp(-1, 1) + 1) / 2
-    exact = [example.get("budget_kind") == "exact" for example in inputs]
-    to_meet = l1_exact(inputs, rewards, correct, group, lengths, alpha=alpha, gated=False)
-    shaped = torch.where(torch.tensor(exact, device=rewards.device), to_meet, rewards * factor)
+    left = slack(inputs, lengths, alpha, rewards)
+    kinds = [example.get("budget_kind") == "exact" for example in inputs]
+    exact, shaped = torch.tensor(kinds, device=rewards.device), torch.empty_like(rewards)
+    shaped[exact] = rewards[exact] - left[exact].abs()
+    within = left[~exact]
+    factor = (within + delta).clamp(0, 1) if reading == "paper" else (within.clamp(-1, 1) + 1) / 2
+    shaped[~exact] = rewards[~exact] * factor
     return gate_by_success(shaped, rewards, correct, group) if gated else shaped
+
+
+def slack(inputs: list[dict[str, Any]], lengths: Tensor, alpha: float, rewards: Tensor) -> Tensor:
+    """[B] `alpha` (n* - n): what the tokens are worth that are left of the named length, below 0 beyond it.
+
+    Args:
+        inputs, lengths, alpha: as in `l1_exact`.
+        rewards: [B], whose type and device the result has.
+
+    Raises:
+        ValueError: a prompt without a budget.
+    """
+    return alpha * (rewards.new_tensor(column(inputs, "budget", SOURCE)) - lengths)

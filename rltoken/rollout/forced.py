@@ -92,8 +92,7 @@ def ascending(budgets: Sequence[float]) -> None:
     fractions = all(isinstance(budget, float) and 0 < budget <= 1 for budget in budgets)
     if not budgets or not (whole or fractions) or any(a >= b for a, b in itertools.pairwise(budgets)):
         raise ValueError(
-            f"{list(budgets)} are no budgets; give ascending whole numbers of thinking tokens, or ascending fractions "
-            "up to 1.0"
+            f"{list(budgets)} are no budgets; give ascending whole numbers of tokens, or ascending fractions up to 1.0"
         )
 
 
@@ -104,13 +103,18 @@ def in_tokens(budgets: Sequence[float], longest: int) -> list[int]:
         ValueError: they do not ascend in tokens.
     """
     ascending(budgets)
-    points = [budget if isinstance(budget, int) else round(budget * longest) for budget in budgets]
+    points = [tokens_of(budget, longest) for budget in budgets]
     if points[0] < 1 or any(a >= b for a, b in itertools.pairwise(points)):
         raise ValueError(
-            f"budgets {list(budgets)} of {longest} tokens are {points}, which does not ascend; give fewer, or raise "
-            "rollout.max_thinking_tokens"
+            f"budgets {list(budgets)} of {longest} tokens are {points}, which does not ascend; give fewer, or "
+            "take them of a longer length"
         )
     return points
+
+
+def tokens_of(length: float, longest: int) -> int:
+    """A length in tokens: a whole number as it is, a fraction as a share of `longest`."""
+    return length if isinstance(length, int) else round(length * longest)
 
 
 def thinking_part(ids: Sequence[int], think_end_id: int | None) -> list[int]:

@@ -20,6 +20,28 @@ async def patient(completions, **_):
 
 def broken(completion_ids, **_):
     return [1.0 / (ids[0] % 2) for ids in completion_ids]
+
+
+def closed(completions):
+    return [0.0] * len(completions)
+
+
+def wants(completions, levle, **_):
+    return [0.0] * len(completions)
+
+
+def leaves(completions, **_):
+    raise SystemExit(0)
+
+
+class Near:
+    # 1 at `target` tokens, less the further away, 0 from twice as many on
+
+    def __init__(self, target):
+        self.target = target
+
+    def __call__(self, completion_ids, **columns):
+        return [max(0.0, 1 - abs(len(ids) - self.target) / self.target) for ids in completion_ids]
 """
 
 
@@ -41,6 +63,29 @@ def test_a_function_gets_the_columns_may_abstain_and_may_be_async(cli, own):
     first = logged(found)[0]
     assert first["rewards/patient/mean"] == 0.25 and 0 <= first["rewards/brief/mean"] <= 1
     assert first["outcome/correct"] == pytest.approx(first["rewards/accuracy/mean"])
+
+
+def test_an_object_of_a_class_is_named_without_partial(cli, own):
+    near = "+reward.funcs.near={_target_: own_rewards.Near, target: 12}"
+    found = cli(near, "reward.weights=[1,0.2]")
+    assert found.status == 0, found.err
+    assert 0 < logged(found)[0]["rewards/near/mean"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("closed", "its signature (completions) has no place for the columns"),
+        ("wants", "nothing fills its parameter 'levle' (did you mean 'level'?)"),
+        ("leaves", "raised SystemExit: 0 for the sample id="),
+    ],
+)
+def test_what_is_wrong_with_it_is_told_in_one_line(cli, own, name, message):
+    found = cli(*own(name))
+    told = found.err.strip().splitlines()
+    assert found.status == 2 and told[-1].startswith(f"error: reward.funcs.{name}: {message}")
+    assert len(told) == 1 or name == "leaves", "a signature has no traceback"
+    assert name != "closed" or not found.runs.exists() or not list(found.runs.iterdir()), "nothing has begun"
 
 
 def test_a_file_of_the_users_own_names_it(cli, own, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 
 import pytest
 import torch
@@ -97,6 +98,16 @@ def test_hbpo():
     assert_close(hbpo(shaped, inputs, GROUP, beta=1.0), [0.86184, -0.895902, -1.3319, 0.07209])
 
 
+def test_hbpos_constants_follow_the_longest_completion():
+    """At half the paper's length: 4 cos(1500 pi / 4096) - (1500 - 512) / 2048 = 1.151764, budgets of 256 to 1280."""
+    one, zero = torch.tensor([True]), torch.tensor([0])
+    found = budget_reward(one.float(), one, torch.tensor([1500]), asked_for(512), zero, longest=2048)
+    assert_close(found, [4 * math.cos(1500 * math.pi / 4096) - 988 / 2048])
+    inputs = [{"prompt": [{"role": "user", "content": "q"}]} for _ in range(4)]
+    for longest, expected in ((4096, [512, 1024, 2048, 2560]), (2048, [256, 512, 1024, 1280]), (112, [14, 28, 56, 70])):
+        assert [row["budget"] for row in subgroup_prompt(inputs, GROUP, longest=longest)] == expected
+
+
 def test_hbpo_as_in_the_released_code():
     """4 cos(pi / 8192) - 511 / 4096 = 3.875244 is less than 4 cos(512 pi / 8192) = 3.923141; A_intra counts twice."""
     one, long, zero = torch.tensor([True]), torch.tensor([1]), torch.tensor([0])
@@ -114,6 +125,10 @@ def test_hbpo_gates_what_would_fall_below_a_wrong_answer():
     settings = correct.float(), correct, lengths, asked_for(512, 512), torch.tensor([0, 0])
     assert_close(budget_reward(*settings, gated=False), [-0.704333, 0.0])
     assert_close(budget_reward(*settings), [0.0, 0.0])
+    # a wrong answer that has a reward keeps it, and lifts the correct one; as published it has none
+    partly = (torch.tensor([1.0, 0.25]), *settings[1:])
+    assert_close(budget_reward(*partly), [0.25, 0.25])
+    assert_close(budget_reward(*partly, gated=False), [-0.704333, 0.0])
 
 
 def test_hbpo_splits_a_group_evenly_over_the_budgets():
@@ -145,6 +160,9 @@ def test_o1_pruner_style_gates_a_short_wrong_answer():
 def test_think_prune_shortens_at_its_steps():
     lengths = [think_prune(Progress(step, 500))["max_completion_length"] for step in (0, 179, 180, 359, 360, 499)]
     assert lengths == [4000, 4000, 3000, 3000, 2000, 2000]
+    for stages in (((0, 112), (20, 84)), ((0, 1.0), (20, 0.75)), ((0, 1.0), (20, 84))):
+        lengths = [think_prune(Progress(step, 60), stages=stages, longest=112) for step in (0, 19, 20)]
+        assert [found["max_completion_length"] for found in lengths] == [112, 112, 84]
 
 
 def test_think_prune_tells_the_limit_in_force():
@@ -194,10 +212,15 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+LONGEST = {"hbpo": 4096, "think_prune": 4000}
+"""The papers' longest completions, which the constants of these two follow."""
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_configurations_compose_and_build_with_the_papers_settings(name):
     slots = METHODS[name]
-    pipeline = built(*(f"+{slot}={name}" for slot in slots))
+    longest = [f"trainer.max_completion_length={LONGEST[name]}"] if name in LONGEST else []
+    pipeline = built(*(f"+{slot}={name}" for slot in slots), *longest)
     for slot, (function,) in slots.items():
         (stage,) = pipeline[f"{slot}s"]
         assert stage.key == f"method.{slot}s.{name}" and stage.call.func is function
@@ -206,7 +229,7 @@ def test_configurations_compose_and_build_with_the_papers_settings(name):
             for key, parameter in inspect.signature(function).parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         }
-        assert stage.call.keywords == defaults
+        assert {key: plain(value) for key, value in stage.call.keywords.items()} == defaults
 
 
 @pytest.mark.parametrize(
@@ -218,14 +241,20 @@ def test_configurations_compose_and_build_with_the_papers_settings(name):
         ("shape=grpo_lead", "method.shapes.grpo_lead.wrong=0.5"),
         ("credit=grpo_lead", "method.credits.grpo_lead.midpoint=2"),
         ("prompt=hbpo", "method.prompts.hbpo.budgets=[0]"),
+        ("prompt=hbpo", "method.prompts.hbpo.budgets=[512,1024]"),  # of completions of 112
+        ("prompt=hbpo", "method.prompts.hbpo.budgets=[0.5,0.25]"),
         ("prompt=hbpo", "method.prompts.hbpo.template=hurry"),
+        ("shape=hbpo", "method.shapes.hbpo.alpha=-1"),
         ("shape=hbpo", "method.shapes.hbpo.form=book"),
         ("shape=hbpo", "method.shapes.hbpo.gated=1"),
         ("shape=o1_pruner_style", "method.shapes.o1_pruner_style.least=1"),
-        ("control=think_prune", "method.controls.think_prune.stages=[[10,4000]]"),
-        ("control=think_prune", "method.controls.think_prune.stages=[[0,4000],[180,3000],[180,2000]]"),
-        ("control=think_prune", "method.controls.think_prune.stages=[[0,4000],[1.5,3000]]"),
-        ("control=think_prune", "method.controls.think_prune.stages=[4000]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[10,40]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[0,40],[180,30],[180,20]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[0,40],[1.5,30]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[0,1.0],[9,0.001]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[0,1.0],[9,4000]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[[0,1.5]]"),
+        ("control=think_prune", "method.controls.think_prune.stages=[40]"),
         ("control=think_prune", "method.controls.think_prune.stages=[]"),
     ],
 )

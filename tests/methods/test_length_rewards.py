@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from trl import GRPOConfig
 
 from rltoken.config import register_schemas
 from rltoken.errors import UserError
@@ -91,6 +92,13 @@ def test_l1_max_gives_prompts_for_an_exact_length_the_exact_reward():
     assert close(shaped, [0.7, 0.7, -0.6, 1.0])
 
 
+def test_l1_max_of_both_kinds_in_one_window_and_of_prompts_that_name_no_kind():
+    inputs = [{"budget": 2000, "budget_kind": kind} for kind in ("exact", "maximum", "exact")] + [{"budget": 2000}]
+    groups = torch.arange(4)
+    assert close(l1_max(inputs, C, RIGHT, groups, N, gated=False), [0.7, 0.2, -0.6, 0.5])
+    assert close(l1_max(inputs, C, RIGHT, groups, N), [0.7, 0.2, 0.0, 0.5])
+
+
 def test_kimi_length():
     shaped = kimi_length(C, RIGHT, ONE, N, gated=False)
     assert close(shaped, [1.5, 0.833333, -0.5, 1.166667])
@@ -117,6 +125,13 @@ def test_within_limit(gated):
     shaped = within_limit(C, RIGHT, ONE, N, limit=2500, gated=gated)
     assert close(shaped, [1.0, 0.0, 0.0, 1.0])
     assert close(grpo(shaped), [0.865875, -0.865875, -0.865875, 0.865875])
+    assert close(within_limit(C, RIGHT, ONE, N, limit=0.625, gated=gated), shaped.tolist())  # 2500 of 4000
+
+
+def test_within_limit_gates_what_would_fall_below_a_wrong_answer_with_a_reward():
+    partly = torch.tensor([1.0, 1.0, 0.25, 1.0])
+    assert close(within_limit(partly, RIGHT, ONE, N, limit=2500), [1.0, 0.25, 0.25, 1.0])
+    assert close(within_limit(partly, RIGHT, ONE, N, limit=2500, gated=False), [1.0, 0.0, 0.0, 1.0])
 
 
 def test_laser():
@@ -396,7 +411,8 @@ PAPER = {
     "laser_de": {"lowest": 4096, "highest": 16384, "interval": 1024, "every": 20, "gated": False},
     "hapo_history": {"weight": 1.0, "floor": -0.7},
     "hawkeye": {"share": 0.3, "unit": "tokens"},
-    "think_prune": {"limit": 4000},
+    "think_prune": {"limit": 0.5},
+    "fast_math_r1": {"unit": "tokens", "longest": None},
 }
 
 
@@ -406,13 +422,38 @@ def test_configurations_have_the_papers_settings(name):
     assert {key: section[key] for key in PAPER[name]} == PAPER[name]
 
 
+FORMS = [("laser_d", "laser_de"), ("laser_de", "laser_d"), ("laser", "laser_d"), ("l1_exact", "l1_max")]
+
+
+@pytest.mark.parametrize(("first", "second"), FORMS)
+def test_two_forms_of_one_length_reward_are_refused_by_name(first, second):
+    args = GRPOConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none")
+    pipeline = build(instantiate(composed(f"+shape=[{first},{second}]").method, _convert_="object"))
+    message = rf"method\.shapes\.{second}: it is another form of method\.shapes\.{first}, .*leave one of them out"
+    with pytest.raises(UserError, match=message):
+        pipeline.check(args)
+    build(instantiate(composed(f"+shape=[{first},kimi_length]").method, _convert_="object")).check(args)
+
+
+def test_two_shapes_of_a_users_own_file_are_not_forms_of_one_reward():
+    args = GRPOConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none")
+    build({"shapes": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}}).check(args)
+
+
+def test_exp_fast_math_r1_is_grpo_with_the_three_rewards():
+    cfg = composed("+exp=fast_math_r1")
+    assert list(cfg.method.shapes) == ["fast_math_r1"] and not any(cfg.method[slot] for slot in ("prompts", "credits"))
+    assert cfg.method.shapes.fast_math_r1.longest == cfg.rollout.max_thinking_tokens
+    assert (cfg.trainer.loss_type, cfg.trainer.scale_rewards) == ("bnpo", "group")
+
+
 OUT_OF_RANGE = {
     "+shape=l1_exact": ["shapes.l1_exact.alpha=-1", "shapes.l1_exact.gated=maybe"],
     "+shape=l1_max": ["shapes.l1_max.reading=papr", "shapes.l1_max.delta=2"],
     "+shape=tldr_style": ["shapes.tldr_style.short=-1", "shapes.tldr_style.longest=0"],
     "+shape=kimi_length": ["shapes.kimi_length.weight=-1"],
     "+shape=shorter_better": ["shapes.shorter_better.alpha=0"],
-    "+shape=think_prune": ["shapes.think_prune.limit=0.5"],
+    "+shape=think_prune": ["shapes.think_prune.limit=1.5", "shapes.think_prune.limit=4000"],
     "+shape=laser": ["shapes.laser.wrong=1", "shapes.laser.target=0"],
     "+shape=fast_math_r1": ["shapes.fast_math_r1.unit=words", "shapes.fast_math_r1.longest=-1"],
     "+shape=hawkeye": ["shapes.hawkeye.share=-1"],

@@ -62,6 +62,81 @@ def test_a_crash_costs_the_sample_only_and_is_counted(func, capsys):
     assert "KeyError" in capsys.readouterr().err
 
 
+def leaves(completions, **_):
+    if "two" in completions:
+        raise SystemExit(3)
+    return [1.0] * len(completions)
+
+
+async def leaves_async(completions, **_):
+    return leaves(completions)
+
+
+@pytest.mark.parametrize("func", [leaves, leaves_async])
+def test_a_function_that_exits_is_told_like_one_that_raises(func, capsys):
+    with pytest.raises(UserError, match=r"reward\.funcs\.exits: raised SystemExit: 3 for the sample id=b"):
+        called(guarded(func, name="exits"), COLUMNS)
+    assert called(guarded(func, name="exits", on_error="crash"), COLUMNS) == [1.0, None, 1.0]
+    assert "SystemExit: 3" in capsys.readouterr().err
+
+
+def test_ctrl_c_passes():
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    for on_error in ("stop", "crash"):
+        with pytest.raises(KeyboardInterrupt):
+            guarded(interrupted, name="own", on_error=on_error)(**COLUMNS)
+
+
+class Near:
+    """A reward with a setting and no name of its own: an object."""
+
+    def __init__(self, target, *, steepness=1.0):
+        self.target, self.steepness = target, steepness
+
+    def __call__(self, completions, **_):
+        return [-self.steepness * abs(len(text) - self.target) for text in completions]
+
+
+class NearAsync(Near):
+    async def __call__(self, completions, **_):
+        return Near.__call__(self, completions)
+
+
+@pytest.mark.parametrize("made", [Near(4), NearAsync(4)])
+def test_an_object_of_a_class_is_a_function(made):
+    func = guarded(made, name="near")
+    assert func.__name__ == "near" and called(func, COLUMNS) == [-1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("func", "message"),
+    [
+        (lambda completions: [], r"own: its signature \(completions\) .* add the parameter \*\*columns at its end"),
+        (functools.partial(lambda completions, most: [], most=1), r"own: .*add the parameter \*\*columns"),
+        (functools.partial(Near, target=4), r"own: a class needs no _partial_"),
+        (Near, r"own: a class needs no _partial_"),
+        ([1.0], r"own: \[1\.0\] is no function; give it a _target_ and, .*_partial_: true"),
+    ],
+)
+def test_what_cannot_be_called_with_every_column_is_refused_before_it_is(func, message):
+    with pytest.raises(UserError, match=rf"reward\.funcs\.{message}"):
+        guarded(func, name="own")
+
+
+@pytest.mark.parametrize("on_error", ["stop", "crash"])
+def test_a_parameter_that_no_column_fills_is_no_samples_fault(on_error, capsys):
+    def graded(completions, answers, **_):
+        return [0.0] * len(completions)
+
+    message = r"nothing fills its parameter 'answers' \(did you mean 'answer'\?\); there are: completions, "
+    with pytest.raises(UserError, match=message):
+        guarded(graded, name="own", on_error=on_error)(**COLUMNS)
+    assert guarded(functools.partial(graded, answers=1), name="own")(**COLUMNS) == [0.0] * 3
+    assert not capsys.readouterr().err
+
+
 def test_what_a_function_logs_is_logged_once():
     def telling(completions, log_metric, **_):
         log_metric("seen", float(len(completions)))
