@@ -194,6 +194,11 @@ class SavingTrainer(GRPOTrainer):
         if checkpoint:
             self._load_what_is_left_out(Path(checkpoint))
 
+    def _issue_warnings_after_load(self, load_result):
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # saved once, under the name of what they are tied to
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_what_is_left_out(self, folder: Path) -> None:
         self._skip_finished_epochs(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch)
         if not (folder / resume.MANIFEST).exists():  # a checkpoint of plain TRL

@@ -150,10 +150,11 @@ def test_the_best_checkpoint_is_kept_and_known(run, tiny, tmp_path, monkeypatch)
     assert all(torch.equal(value, result.weights[name]) for name, value in found.items()), "the best was loaded"
 
 
-def test_a_checkpoint_of_plain_trl_is_accepted_by_its_path(run, tmp_path):
+def test_a_checkpoint_of_plain_trl_is_accepted_by_its_path(run, tmp_path, caplog):
     stock = run(output_dir=tmp_path / "stock", **SAVED)
     resumed = run({}, output_dir=tmp_path / "ours", resume=str(tmp_path / "stock/checkpoint-1"), **SAVED)
     assert stock.distance(resumed) == 0.0
+    assert not [record for record in caplog.records if "missing keys" in record.message], "tied weights are not missing"
 
 
 KILLED = """

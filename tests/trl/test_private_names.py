@@ -31,6 +31,7 @@ SIGNATURES = {
     "_save_checkpoint": "(self, model, trial)",
     "_get_output_dir": "(self, trial)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
+    "_issue_warnings_after_load": "(self, load_result)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_get_train_sampler": "(self, dataset)",
     "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
@@ -152,7 +153,7 @@ def test_the_subclass_hides_no_new_name():
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
-        "_get_output_dir", "_push_from_checkpoint", "compute_loss",
+        "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "compute_loss",
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams
