@@ -116,13 +116,13 @@ class Timed(TokenGRPOTrainer):
         return self._timed("forward, backward", super().training_step, *args, **kwargs)
 
 
-def make(cfg, folder, output_dir, callback, *, stock):
-    """A trainer of the configuration: TRL's own, or ours with the configured pipeline."""
+def make(cls, cfg, folder, output_dir, callback):
+    """A trainer of the configuration: TRL's own, or one of ours with the configured pipeline."""
     tokenizer = parts.tokenizer(cfg.model, folder)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args = to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed)
     args.reward_weights = weights or args.reward_weights
-    options = {} if stock else {
+    options = {} if cls is GRPOTrainer else {
         "pipeline": build(instantiate(cfg.method, _convert_="object")),
         "template": parts.template(cfg.model, tokenizer),
         "pack_tokens": cfg.rollout.pack_tokens,
@@ -130,7 +130,7 @@ def make(cfg, folder, output_dir, callback, *, stock):
         "normaliser": cfg.rollout.normaliser,
         "classes": classes,
     }  # fmt: skip
-    trainer = (GRPOTrainer if stock else Timed)(
+    trainer = cls(
         model=parts.model(cfg.model, folder),
         reward_funcs=list(funcs.values()),
         args=args,
@@ -159,7 +159,7 @@ def in_turns(cfgs, scratch, warm_up):
     folder, turns = instantiate(cfgs[0].model.source), Turns(1 + len(cfgs))
     callbacks = [InTurns(who, turns, warm_up) for who in range(1 + len(cfgs))]
     trainers = [
-        make(cfg, folder, f"{scratch}/{who}", callbacks[who], stock=who == 0)
+        make(GRPOTrainer if who == 0 else Timed, cfg, folder, f"{scratch}/{who}", callbacks[who])
         for who, cfg in enumerate([cfgs[0], *cfgs])
     ]
     threads = [
@@ -192,6 +192,13 @@ def report(names, trainers, seconds):
     Console(width=200).print(table)
 
 
+def quiet_libraries():
+    """Leave the terminal to the table."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+
+
 def main() -> None:
     """Train all of them in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,9 +207,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted in the medians")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
 
     register_schemas()
     quiet = ["trainer.save_strategy=no", "trainer.log_completions=false", f"trainer.max_steps={options.steps}"]
