@@ -4,7 +4,8 @@ What it is not asked: bare numbers, words, option letters, numbers in a base and
 `rltoken.rewards.limits.hard` refuses. Its own time limits are off, since they need the main thread and cannot interrupt
 C code: what a model wrote is compared in a process that can be killed, `rltoken.rewards.grader`.
 
-Units are taken off before the comparison (`5 cm` equals `5`), as math-verify does it.
+Units are taken off before the comparison (`5 cm` equals `5`), as math-verify does it, unless both answers have a known
+one: `3 km` equals `3000 m`, and not `3 m`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sympy.core.relational import Relational
 from rltoken.rewards import notation
 from rltoken.rewards.extraction import MAX_CHARS
 from rltoken.rewards.limits import hard
+from rltoken.rewards.units import Unit, unit
 
 _TARGETS = (
     LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
@@ -34,6 +36,7 @@ _OTHER_RELATION = re.compile(r"[<>]|!=|\b(?:or|and)\b|\\(?:[lg]e|ne|[lg]eq|neq|e
 _WORDS = re.compile(r"(?!(?:and|sqrt|sin|cos|tan|log|exp)\b)[A-Za-z]{3,}")
 
 Expression = sympy.Basic | sympy.MatrixBase
+Pair = tuple[Expression | None, Expression | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Rules:
     Args:
         tolerance: the largest relative difference of two numbers that are still equal, also inside tuples, intervals
             and matrices; None for math-verify's six decimal places.
-        bare_percent: `50%` equals `50` too; otherwise it equals `0.5` alone.
+        bare_percent: a percent sign may be missing. A gold answer of `50%` then equals `50`, and not `0.5`; a bare one
+            equals its percentage, `50` and `50%`, but if it is below one it is a share, `0.5` and `50%`. Otherwise
+            `50%` is `0.5` alone, on both sides.
         strict: variables are told apart by their names, and all sides of an equation count; otherwise `f(x)` equals
             `f(y)`, and `2x = 5` equals `5`.
     """
@@ -139,22 +144,26 @@ def _without_algebra(prediction: str, gold: str) -> bool | None:
         return time == gold_time and (half == gold_half or not (half and gold_half))
     based, gold_based = notation.in_base(prediction), notation.in_base(gold)
     if based and gold_based:
-        return based == gold_based
+        return notation.same_in_base(based, gold_based)
     if based or gold_based:
-        digits, other = (based[0], gold) if based else (gold_based[0], prediction)
-        return digits == other.strip().upper()
+        # Digits without a base have base ten, but are no answer to a question for another base: 5 is not 101_2 here.
+        (digits, base), other = (based, gold) if based else (gold_based, prediction)
+        return base == 10 and digits == notation.plain_number(other)
     return None
 
 
 def _equal_values(prediction: str, gold: str, rules: Rules) -> bool:
     prediction, gold = notation.point_for_comma(prediction, gold), notation.point_for_comma(gold, prediction)
+    prediction = notation.tuple_for_list(prediction, gold)
+    if notation.plain_number(gold) is None:  # 58,500 is a number where it is the gold answer
+        gold = notation.tuple_for_list(gold, prediction)
     if (_SET.fullmatch(prediction) and _TUPLE.fullmatch(gold)) or (
         _SET.fullmatch(gold) and _TUPLE.fullmatch(prediction)
     ):
         return False
-    for without, unit, bare in (
-        (notation.without_percent, sympy.Rational(1, 100), rules.bare_percent),
-        (notation.without_degrees, sympy.pi / 180, True),
+    for without, one, bare in (
+        (notation.without_percent, sympy.Rational(1, 100), _same_percentage if rules.bare_percent else None),
+        (notation.without_degrees, sympy.pi / 180, _same_degrees),
     ):
         plain, plain_gold = without(prediction), without(gold)
         marked, gold_marked = plain != prediction, plain_gold != gold
@@ -162,12 +171,41 @@ def _equal_values(prediction: str, gold: str, rules: Rules) -> bool:
             pair = _value(plain), _value(plain_gold)
             if marked == gold_marked:
                 return _same(*pair, rules)
-            scaled = _times(pair[0], unit) if marked else pair[0], _times(pair[1], unit) if gold_marked else pair[1]
-            return (bare and _same(*pair, rules)) or _same(*scaled, rules)
+            scaled = _times(pair[0], one) if marked else pair[0], _times(pair[1], one) if gold_marked else pair[1]
+            return bare(pair, scaled, rules) if bare else _same(*scaled, rules)
+    units = unit(prediction), unit(gold)
+    if None not in units:
+        measure = units[0].dimension == units[1].dimension and _same_measure(prediction, gold, units, rules)
+        if measure or units[0] != units[1]:
+            return measure
     if _same(_value(prediction), _value(gold), rules):
         return True
     shorter = notation.without_letter_unit(prediction)
     return shorter != prediction and not re.search("[A-Za-z]", gold) and _same(_value(shorter), _value(gold), rules)
+
+
+def _same_percentage(pair: Pair, scaled: Pair, rules: Rules) -> bool:
+    """Whether a number with a percent sign equals a bare one.
+
+    There is one bare number only for each percentage, so that no two right answers are a factor of 100 apart: a bare
+    gold answer below one is a share and any other one a percentage; a gold answer of 50% is the bare 50.
+    """
+    gold, bare = pair[1], pair[1] is scaled[1]
+    value = _number(gold) if bare and gold is not None else None
+    share = value is not None and abs(value) < 1
+    return _same(*(scaled if share else pair), rules)
+
+
+def _same_degrees(pair: Pair, scaled: Pair, rules: Rules) -> bool:
+    """Whether an angle in degrees equals a bare number, of degrees or radians."""
+    return _same(*pair, rules) or _same(*scaled, rules)
+
+
+def _same_measure(prediction: str, gold: str, units: tuple[Unit, Unit], rules: Rules) -> bool:
+    """Whether two numbers with units of one dimension are equal."""
+    values = (_value(notation.without_letter_unit(text)) for text in (prediction, gold))
+    sizes = (sympy.Rational(each.size.numerator, each.size.denominator) for each in units)
+    return _same(*map(_times, values, sizes), rules)
 
 
 def _same(prediction: Expression | None, gold: Expression | None, rules: Rules) -> bool:

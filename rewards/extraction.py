@@ -18,11 +18,17 @@ from rltoken.rewards.text import boxed_answer, final_part
 MAX_CHARS = 500
 """The longest answer that is looked at; the longest gold answer of MATH, AIME and OlympiadBench has 204 characters."""
 _WINDOW = 4 * MAX_CHARS
+MAX_KNOWN = 65536
+"""How many texts' answers are remembered; all are forgotten when there are more."""
+_known: dict[tuple[int, int, str | None, bool], str | None] = {}
 
 _HEADER = re.compile(
-    r"(?:####|\banswer\s*(?:is\b|[:=])|\bfinal\s+answer\b\**[ \t]*\n)(?:that\b|therefore\b|[:*_\s])*",
-    re.IGNORECASE,
+    r"(?:^[#*_ \t]*+(?:final[ \t]+)?answer[*_: \t]*\n|####|\banswer[*_]*\s*(?:is\b|[:=])|\bfinal\s+answer\b\**[ \t]*\n)"
+    r"(?:that\b|therefore\b|[:*_\s])*",
+    re.IGNORECASE | re.MULTILINE,
 )
+_RETRACTED = re.compile(r"\b(?:wrong|incorrect|mistaken?|not\s+(?:right|correct))\b", re.IGNORECASE)
+"""What takes back the box before it."""
 _FINAL = re.compile(r"\bfinal\s+answer\s+is[:*\s]*", re.IGNORECASE)
 # A formula never holds the sign that opens it: what is not closed then costs no second look at the rest of the text.
 _FORMULA = (
@@ -43,6 +49,7 @@ _HEDGED = re.compile(r"(?:not|no|less|more|fewer|greater|between|neither|either|
 _MORE = re.compile(r"\d|\b(?:or|plus|hundreds?|thousands?|[mb]illions?|trillions?|dozens?)\b", re.I)
 """What makes a number with a unit only a part of an answer."""
 _OPTION = re.compile(r"(?:\(([A-Ja-j])\)|\b([A-J])(?=[.):]|\s*$))(?!\s*[\\^_+*/=<>(-])")
+_LISTED_OPTION = re.compile(r"(?<!\S)([A-J])[.):](?=\s|$)")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|<\|")
 _TEXT_COMMANDS = re.compile(r"\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?")
 _PROSE = re.compile(r"(?!(?:sqrt|sin|cos|tan|log|exp|infinity)\b)[A-Za-z]{3,}\b(?!\()")
@@ -57,8 +64,19 @@ def extract(text: str, *, think_end: str | None = None, last_number: bool = Fals
         last_number: take the last formula or number of the final part where no answer is marked as such.
 
     Returns:
-        The answer, not empty and of at most `MAX_CHARS` characters; what is longer is no answer.
+        The answer, not empty and of at most `MAX_CHARS` characters; what is longer is no answer. It is remembered.
     """
+    # The hash stands for the text, which would fill the memory; two texts of one length share 64 bits by no accident.
+    key = hash(text), len(text), think_end, last_number
+    try:
+        return _known[key]
+    except KeyError:
+        if len(_known) >= MAX_KNOWN:
+            _known.clear()
+        return _known.setdefault(key, _extracted(text, think_end, last_number))
+
+
+def _extracted(text: str, think_end: str | None, last_number: bool) -> str | None:
     part = final_part(text, think_end)
     if part is None:
         return None
@@ -72,13 +90,16 @@ def extract(text: str, *, think_end: str | None = None, last_number: bool = Fals
 
 
 def _after_last_box(part: str) -> str | None:
-    """The formula or number after "The final answer is", where that follows the last box and so is the last word."""
+    """The answer after "The final answer is", where that follows the last box and begins with a formula or number.
+
+    After words that take the box back, such as "is wrong", any other answer header will do.
+    """
     tail = part[part.rfind("\\boxed") :] if "\\boxed" in part else ""
-    for header in reversed(list(_FINAL.finditer(tail))):
-        if formula := _ONE_FORMULA.match(tail, header.end()):
-            return _inside(formula)
-        if number := _NUMBER.match(tail, header.end()):
-            return number[0]
+    retracted = _RETRACTED.search(tail)
+    headers = _HEADER.finditer(tail, retracted.end()) if retracted else _FINAL.finditer(tail)
+    for header in reversed(list(headers)):
+        if _ONE_FORMULA.match(tail, header.end()) or _NUMBER.match(tail, header.end()):
+            return _after_header(tail[header.end() : header.end() + _WINDOW])
     return None
 
 
@@ -99,13 +120,16 @@ def _after_header(rest: str) -> str | None:
         return formulas[0]
     if (formula := _ONE_FORMULA.match(rest)) and _is_formula(formula):
         return _inside(formula)
-    sentence = _SENTENCE_END.split(rest.partition("\n")[0], maxsplit=1)[0].strip(" \t*_")
+    line = rest.partition("\n")[0]
+    sentence = _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t*_")
     if _HEDGED.match(sentence):
         return sentence
     if number := _NUMBER_WITH_UNIT.match(sentence):
         return sentence if _MORE.search(sentence, number.end("number")) else number["number"]
     if option := _OPTION.match(sentence):
-        return sentence if SECOND_THOUGHT.search(sentence, option.end()) else option[1] or option[2]
+        letter = option[1] or option[2]
+        listed = any(other != letter for other in _LISTED_OPTION.findall(line))
+        return line if listed or SECOND_THOUGHT.search(sentence, option.end()) else letter
     if _PROSE.match(sentence):
         return _last_formula_or_number(sentence) or sentence
     return sentence or None

@@ -96,11 +96,7 @@ class Pool:
     """
 
     def __init__(self, *, workers: int, seconds: float = 5.0, memory_mb: int = 2048, recycle_after: int = 2000):
-        if workers < 0:
-            raise UserError(f"workers: {workers} is negative. Set 0 to grade in the process itself, or more.")
-        for name, number in (("seconds", seconds), ("memory_mb", memory_mb), ("recycle_after", recycle_after)):
-            if not 0 < number < MOST:
-                raise UserError(f"{name}: {number} is not above 0 and below {MOST}.")
+        check(workers=workers, seconds=seconds, memory_mb=memory_mb, recycle_after=recycle_after)
         self.workers, self.seconds, self.memory_mb, self.recycle_after = workers, seconds, memory_mb, recycle_after
         self.closed = False
         self._cache: OrderedDict[tuple[Callable, Any], tuple[Result, float]] = OrderedDict()
@@ -330,6 +326,25 @@ class Pool:
             return Result(failure="crashed", detail=f"the value cannot be read: {describe(error)}"), True
 
 
+def check(*, workers: int | None, **bounds: float) -> None:
+    """Refuse settings of a pool that are out of range, also where no pool is needed yet.
+
+    Args:
+        workers: as in `shared`.
+        bounds: `seconds`, `memory_mb`, `recycle_after` of `Pool`, by these names.
+
+    Raises:
+        UserError: naming the first setting that is no such number.
+    """
+    whole = isinstance(workers, int) and not isinstance(workers, bool) and 0 <= workers < MOST
+    if workers is not None and not whole:
+        raise UserError(f"workers: {workers!r} is no whole number from 0 on. Set 0 to grade in the process itself.")
+    for name, number in bounds.items():
+        real = isinstance(number, int | float) and not isinstance(number, bool)
+        if not real or not 0 < number < MOST:
+            raise UserError(f"{name}: {number!r} is no number above 0 and below {MOST}.")
+
+
 def shared(*, workers: int | None = None, seconds: float = 5.0, memory_mb: int = 2048) -> Pool:
     """The one pool of this process with these settings; it ends with the process.
 
@@ -342,7 +357,12 @@ def shared(*, workers: int | None = None, seconds: float = 5.0, memory_mb: int =
 
     Returns:
         The pool, open.
+
+    Raises:
+        UserError: for a setting that is out of range.
     """
+    # 1.0 and True would find the pool of 1.
+    check(workers=workers, seconds=seconds, memory_mb=memory_mb)
     if workers is None and sys.platform != "linux":
         workers = 0
     elif workers is None:

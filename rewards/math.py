@@ -7,19 +7,24 @@ answer and the gold answer are bare numbers, no process is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
+from rltoken.errors import UserError
+from rltoken.rewards import grader
 from rltoken.rewards.equality import DEFAULT, Rules, equal, parses, readable
 from rltoken.rewards.extraction import MAX_CHARS, extract
 from rltoken.rewards.notation import clean, plain_number
 from rltoken.rewards.outcomes import FAILURES, Outcome, log_outcomes
 from rltoken.rewards.text import Completion, content
 
-Gold = str | int | float | Sequence[str]
-"""A gold answer, or several: an answer is correct if it equals any of them."""
+Gold = str | int | float | None | Sequence[str | int | float | None]
+"""A gold answer, or several in a list or tuple: an answer is correct if it equals any of them. None, NaN and an empty
+text are no gold answer."""
 
 Item = tuple[str | None, tuple[str, ...], Rules]
 """What is judged: the extracted answer or None, the gold answers, and what counts as equal."""
@@ -50,8 +55,8 @@ def accuracy(
         last_number: take the last formula or number of the final part where no answer is marked as such.
         tolerance: the largest relative difference of two numbers that are still equal (`rltoken.rewards.equality`);
             None for math-verify's six decimal places.
-        bare_percent: `50%` equals `50` as well as `0.5`, which is what math-verify does with whole numbers; False: it
-            equals `0.5` alone.
+        bare_percent: a percent sign may be missing: a gold answer of `50%` equals `50`, one of `50` equals `50%`, and
+            one below one is a share, `0.5` and `50%` (`rltoken.rewards.equality.Rules`). False: `50%` is `0.5` alone.
         strict: names of variables and all sides of an equation count (`rltoken.rewards.equality`).
         on_failure: the reward where the grader timed out or crashed. 0.0, so that a model gains nothing by an answer
             that hangs the grader instead of a wrong one; None leaves the completion out of this reward.
@@ -63,6 +68,10 @@ def accuracy(
     Returns:
         B values: 1.0 if correct; 0.0 if wrong, unparsable or if there is no answer; `on_failure` if the grader failed;
         None if no gold answer can be graded (TRL then leaves the completion out of this reward).
+
+    Raises:
+        UserError: for a setting of the pool that is out of range, or a gold answer that is a bool, a dict, or a list in
+            a list.
     """
     found = outcomes(
         completions,
@@ -182,11 +191,10 @@ def _judged(items: Sequence[Item], workers: int | None, seconds: float) -> list[
 
 def _mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int | None, seconds: float) -> list[Any]:
     """The values of a function, an `Outcome` of `FAILURES` where there is none."""
-    from rltoken.rewards.grader import shared
-
+    grader.check(workers=workers, seconds=seconds)
     if not items:
         return []
-    results = shared(workers=workers, seconds=seconds).map(function, items, cache=True)
+    results = grader.shared(workers=workers, seconds=seconds).map(function, items, cache=True)
     return [Outcome(result.failure) if result.failure else result.value for result in results]
 
 
@@ -241,5 +249,10 @@ def _number(text: str) -> Fraction | None:
 
 
 def _golds(gold: Gold) -> tuple[str, ...]:
+    if isinstance(gold, str):
+        return (gold,)
     golds = gold if isinstance(gold, list | tuple) else [gold]
-    return tuple(str(each) for each in golds if each is not None)
+    for each in golds:
+        if each is not None and (isinstance(each, bool) or not isinstance(each, str | Real)):
+            raise UserError(f"answer: a gold answer is a text, a number or a list of these, and not {each!r:.80}.")
+    return tuple(str(each) for each in golds if each is not None and not (isinstance(each, Real) and math.isnan(each)))

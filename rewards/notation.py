@@ -19,6 +19,15 @@ _SIGNS = str.maketrans(
 )
 """Signs -> LaTeX; marks of no width and of direction -> nothing."""
 
+_COLOURED = (
+    (re.compile(r"\{\s*\\color\s*\{[^{}]*\}([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
+)
+_CASES = re.compile(
+    r"(?:\\left\s*\\\{\s*)?\\begin\s*\{cases\}((?:(?!\\begin).)*?)\\end\s*\{cases\}(?:\s*\\right\s*\.?)?"
+)
+_ALIGNED_EQUATION = re.compile(r"([^&=]+?)\s*&?\s*=\s*&?\s*([^&=]+)")
 _INFINITY = re.compile(r"(?<![\\A-Za-z{])infinity\b")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 _TEXT_COMMAND = r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
@@ -33,13 +42,21 @@ SECOND_THOUGHT = re.compile(r"\b(?:or|and|nor|not|no|but|wrong|rather)\b|\([A-Ja
 """What makes an option letter one of several, or none."""
 _ONLY_OPTION = re.compile(r"\(?([A-J])\)?[.:]?", re.I)
 _OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:,| and |, and )\s*\(?[A-J]\)?)+")
-_NAME = re.compile(r"(?=.*[A-Za-z])(?!.*\\sqrt)(?:[A-Za-z\\{}\s'.:]|_\{?\w++\}?|\([^()=]*+\))++")
-"""What has a value without saying which: `x_1`, `P(5)`, `\\angle A`, `\\frac{a}{b}`; not `2x`, `x^2` or `x+y`."""
+_NAME = re.compile(
+    r"(?=.*[A-Za-z])(?!.*(?:\\|\b)(?:sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|lg|log|exp)(?![A-Za-z]))"
+    r"(?:[A-Za-z\\{}\s'.:]|_\{?\w++\}?|\([^()=]*+\))++"
+)
+"""What has a value without saying which: `x_1`, `P(5)`, `\\angle A`, `\\frac{a}{b}`; not `2x`, `x^2`, `x+y` or
+`\\sin x`."""
+_NAMED_TUPLE = re.compile(r"(?:\\left)?\(([A-Za-z](?:\s*,\s*[A-Za-z])+)(?:\\right)?\s*\)\s*=")
 _MODULUS = re.compile(r"\\pmod\s*\{?\s*(\w+)")
 _DOTS = re.compile(r"\\[lcd]?dots|\.\.\.|…")
 _IN_BASE = re.compile(r"([0-9A-F]*[0-9][0-9A-F]*)_(?:\{\s*(\d+)\s*\}|(\d))", re.I)
 _TIME = re.compile(r"(\d{1,2})(?:\\!)?:(?:\\!)?([0-5]\d)(?![\d:])[^\dA-Za-z]*([ap]?)\D*", re.I)
 _PLAIN = re.compile(r"\\?\$?\s*([-+]?)\\?\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)", re.ASCII)
+_PAIR = re.compile(r"(?:\\left)?\(\s*[^()]*,[^()]*\)")
+_NO_LIST = re.compile(r"[()\[\]=<>]|\\[{}]|\\[lg]eq?|\\pm|[A-Za-z]{2,} |\\text")
+_DOLLARS = re.compile(r"-?\\?\$\s*[\d.][^$]*$")
 _DECIMAL_COMMA = re.compile(r"-?(?!\d{1,3}(?:,\d{3})+$)\d+,\d+|-?0,\d{3}", re.ASCII)
 _PERCENT = re.compile(
     r"\s*(?:\\text\w*\s*\{\s*(?:\\?%|percent|percentage|pct)\s*\}|\\?%|\b(?:percent|percentage|pct)\b)"
@@ -57,9 +74,14 @@ _NO_UNIT = (
     r"thousands?|[mb]illions?|trillions?|dozens?|squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|fifths?)"
 )
 """Words that change what stands before them, or offer something else."""
+_ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SPELLED = dict(zip(_ONES + _TEENS, range(20), strict=True)) | dict(zip(_TENS, range(20, 100, 10), strict=True))
+_LONGEST_SPELLED = 40
 _MEASURE = (
     r"(?:(?:(?:square|cubic|sq|cu)\s+)?"
-    rf"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc]l|sec|min|hrs?|mph|[ap]\.?m|(?!{_NO_UNIT}\b)[A-Za-z]{{3,}})(?![A-Za-z])\.?)"
+    rf"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc][lL]|sec|min|hrs?|mph|[ap]\.?m|(?!{_NO_UNIT}\b)[A-Za-z]{{3,}})(?![A-Za-z])\.?)"
 )
 # One letter in \text{} is a unit where it is the sign of one; bold letters and operators are none.
 _MARKED = (
@@ -109,6 +131,8 @@ _REWRITES = tuple(
         (r"(?<![\\A-Za-z{])(pi|sin|cos|tan|ln|log|infty)(?![A-Za-z])", r"\\\1 "),
         (r"(?<=\d)(?:,\\!|\{,\}|\\[,!]|~)\s*(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[!,;: ]|\\q?quad\b|~", " "),
+        # Not after a name: log_2(8), f2(3).
+        (r"(?<![\w\\{}.^)])(\d+(?:\.\d+)?)\s*(?:\\left)?\(\s*(\d+(?:\.\d+)?)\s*(?:\\right)?\)", r"\1\\cdot(\2)"),
         (r"(?<![A-Za-z\\{_\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.])", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text\w*|mathrm|mbox)\s*\{)?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}*", ""),
     )
@@ -118,9 +142,10 @@ _REWRITES = tuple(
 def clean(text: str) -> str:
     """An answer without what wraps it: white space, math delimiters, bold marks, a full stop, marks of no width.
 
-    White space in it is single spaces then, so that the patterns of this module cannot try many ways to split it.
+    Colour goes too, `five` is `5`, and a system of equations is a list of them. White space is single spaces then, so
+    that the patterns of this module cannot try many ways to split it.
     """
-    text = " ".join(text.translate(_SIGNS).split())
+    text = _undecorated(" ".join(text.translate(_SIGNS).split()))
     text = _INFINITY.sub(r"\\infty", text)
     while True:
         before = text
@@ -130,7 +155,7 @@ def clean(text: str) -> str:
                 text = inside.strip()
         text = text.rstrip(".,;").strip()
         if text == before:
-            return text
+            return _in_digits(text)
 
 
 def plain_number(text: str) -> str | None:
@@ -176,10 +201,14 @@ def sides(text: str) -> list[str]:
     return parts[1:] if len(parts) > 1 and _NAME.fullmatch(parts[0]) else parts
 
 
-def marks(text: str) -> tuple[int, bool, bool, frozenset[str]]:
-    """What two equal answers have in common, and math-verify drops: primes, dots, a remainder's sign, the modulus."""
-    moduli = frozenset(_MODULUS.findall(text))
-    return text.count("'") + text.count("\\prime"), bool(_DOTS.search(text)), "\\bmod" in text, moduli
+def marks(text: str) -> tuple[int, bool, bool, tuple[str, ...], frozenset[str]]:
+    """What two equal answers have in common, and math-verify drops.
+
+    That is primes, dots, a remainder's sign, the names in `(b,a)=(5,6)` where they are not in alphabetical order, and
+    last the modulus.
+    """
+    primes = text.count("'") + text.count("\\prime")
+    return primes, bool(_DOTS.search(text)), "\\bmod" in text, _reordered(text), frozenset(_MODULUS.findall(text))
 
 
 def options(text: str) -> set[str] | None:
@@ -194,6 +223,14 @@ def in_base(text: str) -> tuple[str, int] | None:
     return (found[1].upper(), int(found[2] or found[3])) if found else None
 
 
+def same_in_base(number: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether two numbers as digits and base have one value; what has no value is compared as written."""
+    try:
+        return int(*number) == int(*other)
+    except ValueError:  # a digit that is too large, or a base that Python does not know
+        return number == other
+
+
 def time_of_day(text: str) -> tuple[int, int, str] | None:
     """Hour, minute and `a`, `p` or nothing for the half of the day of an answer like `10:30 a.m.`, else None."""
     found = _TIME.fullmatch(_TEXT.sub(r" \1 ", text))
@@ -203,6 +240,28 @@ def time_of_day(text: str) -> tuple[int, int, str] | None:
 def point_for_comma(text: str, other: str) -> str:
     """The decimal comma of `1000,99` as a point, where the answer it is compared with has a decimal point."""
     return text.replace(",", ".") if "." in other and _DECIMAL_COMMA.fullmatch(text) else text
+
+
+def tuple_for_list(text: str, other: str) -> str:
+    """A bare list `1,5` in the brackets of the tuple that it is compared with, so that the order of both counts."""
+    listed = "," in text and not _NO_LIST.search(text)
+    return f"({text})" if listed and _PAIR.fullmatch(other) else text
+
+
+def measured(text: str) -> str:
+    r"""The unit that an answer ends with, in lower case and without LaTeX, or `$`; empty if there is none.
+
+    A single letter, which may be a variable, counts only after a bare number, as in `3 m`.
+    """
+    if _DOLLARS.match(text):
+        return "$"
+    found = _WORDED_UNIT.search(text)
+    if not found:
+        found = _LETTER_UNIT.search(text)
+        if not found or plain_number(text[: found.start()]) is None:
+            return ""
+    plain = re.sub(r"[{}\\]", "", _TEXT.sub(r" \1 ", found[0]))
+    return " ".join(plain.replace("^ ", "^").casefold().split()).replace(" ^", "^").strip(" .")
 
 
 def without_percent(text: str) -> str:
@@ -233,6 +292,37 @@ def latex(text: str) -> str:
     text = _WORDED_UNIT.sub("", text.strip())
     text = _separate(text)
     return text if "," in text else re.sub(r"\)\s*(\\left\s*)?\(", r")\\cdot \1(", text)
+
+
+def _undecorated(text: str) -> str:
+    """An answer without colours, and a system of equations as a list; one with conditions stays as it is."""
+    for pattern, inside in _COLOURED:
+        text = pattern.sub(inside, text)
+    if system := _CASES.fullmatch(text):
+        rows = [row.strip(" ,;") for row in system[1].split("\\\\")]
+        equations = [_ALIGNED_EQUATION.fullmatch(row) for row in rows if row]
+        if equations and None not in equations:
+            return ", ".join(f"{row[1]}={row[2]}" for row in equations)
+    return text
+
+
+def _in_digits(text: str) -> str:
+    """A number word up to ninety-nine in digits; any other text as it is."""
+    if len(text) > _LONGEST_SPELLED:
+        return text
+    tens, _, ones = _TEXT.sub(r"\1", text).strip().casefold().replace(" ", "-").partition("-")
+    if not ones:
+        return str(_SPELLED.get(tens, text))
+    if tens in _TENS and 0 < _SPELLED.get(ones, 0) < 10:
+        return str(_SPELLED[tens] + _SPELLED[ones])
+    return text
+
+
+def _reordered(text: str) -> tuple[str, ...]:
+    """The names that `(b,a)=(5,6)` gives values to, where that is not in alphabetical order."""
+    named = _NAMED_TUPLE.match(text)
+    names = re.findall("[A-Za-z]", named[1]) if named else []
+    return tuple(names) if names != sorted(names, key=str.casefold) else ()
 
 
 def _separate(text: str) -> str:

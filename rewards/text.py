@@ -10,7 +10,10 @@ THINK_END = "</think>"
 Completion = str | Sequence[dict[str, str]]
 """A completion as TRL hands it to a reward function: plain text, or messages whose last one is the assistant's."""
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?:\s*+\{|\s++(?P<number>\$?-?\d++(?:[.,]\d++)*+(?:/\d++)?)(?![\w{\\^(]))", re.ASCII
+)
+"""The beginning of a box, or one of a bare number, `\\boxed 5`."""
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BETWEEN_FORMULAS = re.compile(r"\\(?:q?quad|[\[\]() ,:;!])|\\text\s*|[${}]")
 _JOINED = re.compile(r"[\s,;]*(?:and|or)\s*|[^\w.]{0,10}")
@@ -43,7 +46,7 @@ def final_part(text: str, think_end: str | None = None) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last balanced, non-empty `\boxed{...}` or `\fbox{...}`, or None.
+    r"""The content of the last balanced, non-empty `\boxed{...}`, `\fbox{...}` or `\boxed 5`, or None.
 
     An escaped brace does not count as one. Takes time linear in the length of the text.
     """
@@ -79,6 +82,9 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, str]]:
     boxes = list(_BOX.finditer(text))
     closed = _matching_braces(text, boxes[0].start()) if boxes else {}
     for box in reversed(boxes):
+        if box["number"]:
+            yield box.start(), box.end(), box["number"]
+            continue
         end = closed.get(box.end() - 1)
         if end is not None and (inside := text[box.end() : end].strip()):
             yield box.start(), end + 1, inside

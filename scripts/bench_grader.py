@@ -6,10 +6,11 @@
 
 The loop calls math-verify's `parse` and `verify` on each completion and its gold answer. The arms: the same calls in
 the pool of `rltoken.rewards.grader`, and once more when all results are known; `rltoken.rewards.math.outcomes`, which
-decides bare numbers without math-verify, and once more when all are known. Each turn has new workers, started and
-warmed up before the clock, so that nothing is remembered but where it is said. What is printed are ratios of the
-medians, with the quartiles of the ratios of each turn. Absolute times depend on the machine and its neighbours; do not
-quote them.
+decides bare numbers without math-verify, and once more when all are known, of copies of the same texts. sympy remembers
+what it did, so the loop and the pool's workers both do everything twice before the first turn; otherwise the loop would
+be warm and each new worker cold. For `outcomes` each turn has new workers and texts of its own. What is printed are
+ratios of the medians, with the quartiles of the ratios of each turn. Absolute times depend on the machine and its
+neighbours; do not quote them.
 """
 
 import argparse
@@ -62,22 +63,26 @@ def ratios(base, seconds):
     return f"{statistics.median(base) / statistics.median(seconds):8.2f}  ({low:.2f} to {high:.2f})"
 
 
-def turn(items, workers, seconds):
-    """Each arm once, with new workers: its seconds, and its verdicts."""
-    pool = shared(workers=workers, seconds=seconds)
-    pool.map(time.sleep, [0.5] * workers)  # otherwise a first worker does all that follows before the others are ready
-    warm_up = made_up(16 * workers)
-    pool.map(FUNCTION, warm_up)
-    graded(warm_up, workers, seconds)
+def turn(items, pool, number):
+    """Each arm once: its seconds, and its verdicts. `pool` is warm; turns of different numbers share nothing else."""
+    settings = {"workers": pool.workers, "seconds": pool.seconds + number}
+    fresh = shared(**settings)
+    fresh.map(
+        time.sleep, [0.5] * pool.workers
+    )  # otherwise one worker does all that follows before the others are ready
+    graded(made_up(16 * pool.workers), **settings)
+    pool.map(FUNCTION, items, cache=True)
+    new = [(f"Turn {number}. {completion}", gold) for completion, gold in items]
+    copies = [(completion.encode().decode(), gold) for completion, gold in new]
     arms = {
         "loop": lambda: [judge(item) for item in items],
-        "the same in the pool": lambda: [result.value for result in pool.map(FUNCTION, items, cache=True)],
+        "the same in the pool": lambda: [result.value for result in pool.map(FUNCTION, items)],
         "again, all known": lambda: [result.value for result in pool.map(FUNCTION, items, cache=True)],
-        "rltoken.rewards.math": lambda: graded(items, workers, seconds),
-        "the same, all known": lambda: graded(items, workers, seconds),
+        "rltoken.rewards.math": lambda: graded(new, **settings),
+        "the same, all known": lambda: graded(copies, **settings),
     }
     found = {name: seconds_of(arm) for name, arm in arms.items()}
-    pool.close()
+    fresh.close()
     return found
 
 
@@ -87,23 +92,29 @@ def graded(items, workers, seconds):
     return [outcome == "correct" for outcome in outcomes(completions, answers, workers=workers, seconds=seconds)]
 
 
-def main() -> None:
+def main(arguments=None) -> None:
     """Measure, and print one line per arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="JSON lines with `completion` and `answer`; by default 400 pairs are made up")
-    parser.add_argument("--workers", type=int, default=shared().workers, help="processes of the pool")
+    parser.add_argument("--data", help="JSON lines with `completion` and `answer`; by default pairs are made up")
+    parser.add_argument("--items", type=int, default=400, help="how many pairs are made up")
+    parser.add_argument("--workers", type=int, default=shared().workers, help="processes of the pool, at least 1")
     parser.add_argument("--repeats", type=int, default=15, help="turns of each arm, at least 2")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    items = read(options.data) if options.data else made_up(400)
-    # another bound is another pool
-    turns = [turn(items, options.workers, 60.0 + number) for number in range(options.repeats)]
+    items = read(options.data) if options.data else made_up(options.items)
+    pool = shared(workers=options.workers, seconds=60.0)
+    for _ in range(2):
+        pool.map(FUNCTION, items)
+        for item in items:
+            judge(item)
+    turns = [turn(items, pool, number) for number in range(1, options.repeats + 1)]
+    pool.close()
     seconds = {name: [found[name][0] for found in turns] for name in turns[0]}
     print(f"{len(items)} items, {options.workers} workers, {options.repeats} turns; times faster than the loop:")
     for name, own in seconds.items():
         different = sum(a != b for a, b in zip(turns[0][name][1], turns[0]["loop"][1], strict=True))
         each = statistics.median(own) / len(items)
-        told = f"median {each * 1e3:.3f} ms an item, {different} verdicts unlike the loop's"
+        told = f"median {each * 1e3:.4f} ms an item, {different} verdicts unlike the loop's"
         print(f"  {name:22}{ratios(seconds['loop'], own)}   {told}")
 
 

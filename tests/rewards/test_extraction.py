@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from rltoken.rewards import extraction
 from rltoken.rewards.extraction import MAX_CHARS, extract
 from rltoken.rewards.format import boxed
 from rltoken.rewards.text import boxed_answer, last_box
@@ -26,6 +27,19 @@ from rltoken.rewards.text import boxed_answer, last_box
         (r"\boxed{6} The final answer is $7$. I hope it is correct.", "7"),
         (r"\boxed{6} The final answer is 7", "7"),
         (r"\boxed{6} The final answer is above.", "6"),
+        (r"So \boxed{5} is wrong, answer: 6", "6"),
+        (r"\boxed{5} is incorrect. **Answer**: $6$", "6"),
+        (r"\boxed{5} is not wrong.", "5"),
+        (r"\boxed{5} is wrong. Answer: 6 or 7", "6 or 7"),
+        (r"\boxed{5} The final answer is 6 or 7.", "6 or 7"),
+        (r"\boxed{5} The final answer is $6$ and $7$.", "$6$ and $7$"),
+        (r"\boxed{5}. The answer is 6 less than 11.", "5"),
+        (r"\boxed{5} is wrong. Answer: I do not know", "5"),
+        (r"\boxed 5", "5"),
+        (r"$\boxed 12$.", "12"),
+        (r"$\boxed 1/2$", "1/2"),
+        (r"\boxed 5x", None),
+        (r"\boxed five", None),
     ],
 )
 def test_boxes(text, found):
@@ -82,6 +96,11 @@ def test_a_model_that_thinks_must_end_its_thinking():
         ("The answer is not 17. The answer is 18", "18"),
         ("The answer is 18. Hence the answer is", "18"),
         ("Answer:\n18", "18"),
+        ("**Answer**: 18", "18"),
+        ("### Answer\n18", "18"),
+        ("#### Answer\n18", "18"),
+        ("**Answer**\n\n18", "18"),
+        ("The right answer\n18", None),
         ("Answer = 18", "18"),
         ("**Final Answer**\n\n18", "18"),
         ("I cannot say what the answer is", None),
@@ -117,6 +136,9 @@ def test_answer_headers(text, found):
         ("**Answer:** (B) twelve apples", "B"),
         ("The answer is B", "B"),
         ("The answer is (a)+b", "(a)+b"),
+        ("The answer is A. B. C. D.", "A. B. C. D."),
+        ("The answer is A. 3 B. 4", "A. 3 B. 4"),
+        ("The answer is A. Because A. is even.", "A"),
         ("The answer is Ada", "Ada"),
     ],
 )
@@ -169,6 +191,11 @@ def test_what_is_too_long_is_no_answer():
         "7" * 2_000_000,
         "\\" * 1_000_000,
         "the answer is " + "$1$ and " * 100_000,
+        r"\boxed{1} is wrong " * 50_000 + "answer: " * 100_000,
+        r"\boxed " + "1," * 500_000 + "x",
+        r"\boxed" + " " * 1_000_000,
+        "#" * 1_000_000,
+        "answer ** " * 100_000,
     ],
     ids=lambda text: text[:12],
 )
@@ -183,3 +210,13 @@ def test_boxed_format():
     texts = [r"\boxed{1}", "1", r"\boxed{}", r"\boxed{1", r"\boxed{1}</think>2"]
     assert boxed(texts) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert boxed([r"\boxed{1}", r"x</think>\boxed{1}"], think_end="</think>") == [0.0, 1.0]
+
+
+def test_a_known_text_costs_no_search_and_the_settings_count(monkeypatch):
+    text = r"first \boxed{1}, and known from now on: 2"
+    assert extract(text) == "1"
+    monkeypatch.setattr(extraction, "_extracted", lambda *_: "searched")
+    assert extract(text[:10] + text[10:]) == "1"
+    assert extract(text, last_number=True) == "searched"
+    monkeypatch.setattr(extraction, "MAX_KNOWN", 0)
+    assert extract(text + " ") == extract(text) == "searched"

@@ -254,6 +254,13 @@ def test_a_number_out_of_range_is_refused(setting):
         Pool(**({"workers": 1} | setting))
 
 
+@pytest.mark.parametrize("workers", [True, 1.5, 1.0, "1", -1])
+def test_workers_of_another_type_find_no_shared_pool(workers):
+    shared(workers=1, seconds=7)
+    with pytest.raises(UserError, match="workers: "):
+        shared(workers=workers, seconds=7)
+
+
 def test_a_function_of_the_main_module_is_refused(pool):
     function = types.FunctionType(interrupt.__code__, {"__name__": "__main__"})
     with pytest.raises(ValueError, match="main module"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rltoken.errors import UserError
 from rltoken.rewards.equality import Rules, equal, parses, readable
 from rltoken.rewards.limits import hard
 from rltoken.rewards.math import accuracy, classes, gradable, judge, outcomes
@@ -81,8 +82,18 @@ def test_percent_signs_may_be_bare_unless_told_otherwise():
         assert equal("50%", "0.5", Rules(bare_percent=bare))
         assert equal(r"12.5\%", "12.5 percent", Rules(bare_percent=bare))
         assert not equal("0.5", "50", Rules(bare_percent=bare))
+        assert not equal("0.5%", "0.5", Rules(bare_percent=bare))
         assert equal("12.5", r"12.5\%", Rules(bare_percent=bare)) is bare
         assert equal(r"50\%", "50", Rules(bare_percent=bare)) is bare
+        assert equal("0.5", "50%", Rules(bare_percent=bare)) is not bare
+        assert equal("5000%", "50", Rules(bare_percent=bare)) is not bare
+
+
+@pytest.mark.parametrize("gold", ["50%", "50", "0.5", r"\frac12", "1", r"0.5\%", "1%"])
+def test_no_two_bare_numbers_a_factor_of_100_apart_are_both_right(gold):
+    value = gold.replace("%", "").replace("\\", "") if "%" in gold else gold
+    assert equal(value, gold)
+    assert not equal(f"{value}/100", gold) and not equal(rf"{value}\cdot 100", gold)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +278,18 @@ NO_HEDGE = [
     ("f'(x)", "f(x)"),
     (r"1,2,3,\ldots", "1,2,3"),
     (r"0.3\ldots", "0.3"),
+    ("(b,a)=(5,6)", "(5,6)"),
+    ("(b,a)=(5,6)", "(a,b)=(5,6)"),
+    (r"\sin x=5", "5"),
+    (r"\arctan x = 5", "5"),
+    ("A. B. C. D.", "A"),
+    (r"\begin{cases}x=1\\y=2\end{cases}", "x=2, y=1"),
+    (r"\begin{cases}x&x>0\\-x&x<0\end{cases}", "x"),
+    (r"\textcolor{red}{6}", "7"),
+    ("fourteen", "40"),
+    ("twenty-ten", "30"),
+    ("2(3)", "5"),
+    ("f2(3)", "6"),
 ]
 PLAIN = [
     ("5 million", "5000000"),
@@ -287,6 +310,74 @@ PLAIN = [
     ("(B) 12", "B"),
     ("B. twelve", "B"),
     (r"5\pmod{7}", "5"),
+    ("(a,b)=(5,6)", "(5,6)"),
+    (r"\left(x, y\right) = (5,6)", "(5,6)"),
+    ("(b,a)=(5,6)", "(b,a)=(5,6)"),
+    (r"\cos 60^\circ=\frac12", r"\frac12"),
+    (r"\begin{cases}x=1\\y=2\end{cases}", "x=1, y=2"),
+    (r"\left\{\begin{cases} x &= 1 \\ y &= 2 \end{cases}\right.", "x=1, y=2"),
+    (r"\color{red}6", "6"),
+    (r"{\color{red} 6}", "6"),
+    (r"\textcolor{red}{6}", "6"),
+    (r"\textcolor{red}{\frac{1}{2}}", "0.5"),
+    ("2(3)", "6"),
+    ("2(3)+1", "7"),
+    ("five", "5"),
+    ("5", r"\text{Five}"),
+    ("Twenty-one", "21"),
+    ("ninety", "90"),
+]
+SAME_MEASURE = [
+    ("3 km", r"3\text{ km}"),
+    ("3 km", "3000 m"),
+    (r"3000\text{ m}", r"3\text{ km}"),
+    ("300 cents", r"\$3"),
+    ("1 hour", "60 minutes"),
+    ("72 km/h", r"20\text{ m/s}"),
+    ("60 mph", "60 miles per hour"),
+    ("2 square feet", "288 in^2"),
+    ("2 liters", "2000 mL"),
+    ("2 L", r"2000\text{ cm}^3"),
+    ("5 apples", "5 pears"),
+    ("2 h", r"2\text{ hours}"),
+    ("3, 5 cm", "5, 3 cm"),
+    ("3g+2m", "2m+3g"),
+    ("5", "5 km"),
+]
+OTHER_MEASURE = [
+    (r"\$3", "3 cents"),
+    (r"3\text{ km}", r"3\text{ m}"),
+    ("3 km", "3 m"),
+    ("3 hours", "3 minutes"),
+    (r"3\text{ cm}", r"3\text{ cm}^2"),
+    ("3 km", "3 kg"),
+    ("3 km/h", "3 m/s"),
+]
+LISTS = [
+    ("1,5", "(1,5)", True),
+    ("(1,5)", "1,5", True),
+    ("5,1", "(1,5)", False),
+    ("(5,1)", "1,5", False),
+    ("5,1", "1,5", True),
+    ("100,200", "100200", True),
+    ("100200", "100,200", True),
+    ("100, 200", "100,200", True),
+    ("100200", "100, 200", False),
+    ("100,200", "(100,200)", True),
+    ("100200", "(100,200)", False),
+    ("(100,200)", "100,200", False),
+]
+BASES = [
+    ("1010_2", "10_{10}", True),
+    ("101_{2}", "101_2", True),
+    ("10", "10_{10}", True),
+    ("10_{10}", "10", True),
+    ("5_2", "5_2", True),
+    ("101", "101_2", False),
+    ("101_2", "101", False),
+    ("5", "101_2", False),
+    ("5_6", "5", False),
+    ("5_2", "5_3", False),
 ]
 
 
@@ -298,6 +389,26 @@ def test_what_says_more_than_the_gold_answer_is_not_it(prediction, gold):
 @pytest.mark.parametrize(("prediction", "gold"), PLAIN)
 def test_units_magnitudes_names_and_steps_do_not_hide_an_answer(prediction, gold):
     assert equal(prediction, gold)
+
+
+@pytest.mark.parametrize(("prediction", "gold"), SAME_MEASURE)
+def test_measures_are_equal_in_any_unit_of_their_kind(prediction, gold):
+    assert equal(prediction, gold) and equal(gold, prediction)
+
+
+@pytest.mark.parametrize(("prediction", "gold"), OTHER_MEASURE)
+def test_a_number_in_another_unit_is_another_measure(prediction, gold):
+    assert not equal(prediction, gold) and not equal(gold, prediction)
+
+
+@pytest.mark.parametrize(("prediction", "gold", "same"), LISTS)
+def test_brackets_make_a_list_ordered_and_commas_between_three_digits_make_a_number(prediction, gold, same):
+    assert equal(prediction, gold) is same
+
+
+@pytest.mark.parametrize(("prediction", "gold", "same"), BASES)
+def test_a_base_is_part_of_an_answer(prediction, gold, same):
+    assert equal(prediction, gold) is same
 
 
 @pytest.mark.parametrize(
@@ -312,3 +423,32 @@ def test_odd_columns_are_read_or_left_out():
     assert outcomes([r"\boxed{5}"] * 4, [None, [None, 5], (4, 5), []], workers=0) == [None, "correct", "correct", None]
     parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{5}"}]}]
     assert outcomes([[], parts], ["5", "5"], workers=0) == [Outcome.NO_ANSWER, Outcome.CORRECT]
+
+
+@pytest.mark.parametrize("gold", [True, {"value": "5"}, ["5", ["6"]], [False], b"5", 5j, {5}])
+def test_a_gold_answer_of_another_type_is_refused(gold):
+    with pytest.raises(UserError, match=r"answer: a gold answer is a text, a number or a list of these"):
+        accuracy([r"\boxed{5}"], [gold], workers=0)
+    with pytest.raises(UserError, match="answer: "):
+        gradable([gold], workers=0)
+
+
+@pytest.mark.parametrize("gold", [None, "", " ", float("nan"), [], [None, float("nan")]])
+def test_a_missing_gold_answer_leaves_the_completion_out(gold):
+    assert accuracy([r"\boxed{5}"], [gold], workers=0) == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("workers", value) for value in (-1, 1.5, True, "2")),
+        *(("seconds", value) for value in (0, True, float("nan"), "5")),
+    ],
+)
+def test_settings_of_the_pool_are_checked_where_none_is_needed(name, value):
+    with pytest.raises(ValueError, match=f"{name}: "):
+        accuracy([r"\boxed{5}"], ["5"], **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: "):
+        classes([r"\boxed{5}"], [0], **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: "):
+        gradable([], **{name: value})
