@@ -1,17 +1,21 @@
-"""What a run tells while it goes: metrics.jsonl, and a progress line."""
+"""What happens beside the steps of a run: metrics.jsonl, a progress line, and stopping early."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
+from rltoken.preemption import SIGNALS, Notice
 from rltoken.report import read_metrics
 
 SHOWN = {"reward": "reward", "rewards/accuracy/mean": "accuracy", "thinking_tokens": "thinking tokens"}
@@ -33,8 +37,8 @@ class MetricsFile(TrainerCallback):
             partial.replace(self._path)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        """Write the newest metrics with their step."""
-        if state.is_world_process_zero and logs:
+        """Write the newest metrics with their step, but not transformers' summary of what this process trained."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "time": time.time(), **_strict(logs)}) + "\n")
 
@@ -101,3 +105,58 @@ class ProgressLine(TrainerCallback):
         done = state.global_step - self._first
         seconds = (time.monotonic() - self._started) / max(1, done) * (state.max_steps - state.global_step)
         return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+class StopWhenAsked(TrainerCallback):
+    """Save and stop at the next safe point once a rank is asked to leave; all ranks do at the same one.
+
+    Safe points are the end of an optimizer step, of an evaluation and of a save. A resumed run finds what one in one
+    piece would: what is due at the end of an epoch that is not over is left out.
+    """
+
+    def __init__(self, notice: Notice) -> None:
+        self._notice = notice
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        """Block the signals while the data loader starts its workers, which inherit that: a signal to all is for us."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Receive again what came meanwhile."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Leave with a checkpoint of this step."""
+        if self._agreed(args):
+            control.should_training_stop = control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # where an evaluation finds nothing better it drops the save
+                args.save_strategy = SaveStrategy.STEPS
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        """The same: an evaluation may take longer than a step."""
+        self.on_step_end(args, state, control)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Leave with the checkpoint that was just written."""
+        if self._agreed(args):
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Leave out what is due only where an epoch is over; else save again, with that in the trainer's state."""
+        if self._notice.agreed:
+            over = state.epoch.is_integer() or state.global_step >= state.max_steps
+            control.should_log, control.should_evaluate = over and control.should_log, over and control.should_evaluate
+            control.should_save = control.should_log or control.should_evaluate
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Agree for the last time, so that either all ranks go on to what follows training or none."""
+        self._agreed(args)
+
+    def _agreed(self, args) -> bool:
+        """Whether any rank was asked; every rank calls this at the same points."""
+        if not self._notice.agreed:
+            asked = torch.tensor([self._notice.asked()], dtype=torch.int32, device=args.device)
+            if args.world_size > 1:
+                torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self._notice.agreed = bool(asked)
+        return self._notice.agreed

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import config, runs
 from rltoken.errors import UserError, first_line
+from rltoken.preemption import EXIT_CODE, Preempted
 
 CONFIG_MODULE = "rltoken.conf"
 STATUSES: list[int] = []
@@ -27,7 +28,10 @@ STATUSES: list[int] = []
 
 
 def main(job: Callable[[], None], config_name: str, top_level: Sequence[str], when_interrupted: str) -> None:
-    """Run a Hydra job and leave: 0, 2 where the user can mend something, 130 after Ctrl-C, 1 for anything else.
+    """Run a Hydra job and leave.
+
+    The status is 0, 2 where the user can mend something, 75 where the job was told to leave and can be gone on with,
+    130 after Ctrl-C, 1 for anything else.
 
     Args:
         job: decorated by `hydra.main`; it calls `attempt`.
@@ -48,11 +52,15 @@ def main(job: Callable[[], None], config_name: str, top_level: Sequence[str], wh
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's for a group set to null
         GlobalHydra.instance().clear()
         fail(config.explain(error, *known_names(config_name), sys.argv[1:]))
+    except Preempted as told:  # no Exception, so that no later job of a sweep begins
+        STATUSES.append(EXIT_CODE)
+        if runs.is_main_process():
+            print(told, file=sys.stderr)
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
     status = max(STATUSES, default=0)
-    if status == 0:
+    if status in (0, EXIT_CODE):
         leave_process_group()
     sys.exit(status)
 

@@ -88,13 +88,13 @@ class RolloutSchema:
 
 
 def register_schemas() -> None:
-    """Tell Hydra the types of `eval`, `rollout` and `trainer` (every field of TRL's GRPOConfig with its default)."""
+    """Tell Hydra the types of `eval`, `rollout` and `trainer` (TRL's GRPOConfig and `max_hours`)."""
     for group, node in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
         ConfigStore.instance().store(group=group, name="schema", node=node)
 
 
 def trainer_schema() -> type:
-    """A dataclass with the fields of GRPOConfig in types that OmegaConf can check (unions become Any)."""
+    """A dataclass with `max_hours` and GRPOConfig's fields, in types that OmegaConf can check (unions become Any)."""
     from trl import GRPOConfig
 
     fields = []
@@ -103,6 +103,7 @@ def trainer_schema() -> type:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = default.value if isinstance(default, enum.Enum) else default
             fields.append((field.name, _checkable(field.type), _field(default)))
+    fields.append(("max_hours", Optional[float], _field(None)))  # noqa: UP045  (OmegaConf needs the old form)
     return dataclasses.make_dataclass("GRPOConfigSchema", fields)
 
 
@@ -122,6 +123,7 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     if settings["bf16"] is None:
         settings["bf16"] = gpu and not settings["fp16"] and torch.cuda.is_bf16_supported()
     _check_values(settings)
+    del settings["max_hours"]
     _check_machine(settings, gpu)
     batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
     steps = settings["steps_per_generation"] or settings["gradient_accumulation_steps"]
@@ -148,6 +150,10 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"trainer.temperature: {settings['temperature']} is not possible: rollouts are sampled; set it above 0."
         )
+    if settings["max_hours"] is not None and not settings["max_hours"] > 0:
+        raise UserError(f"trainer.max_hours: {settings['max_hours']} is not possible; set it above 0, or to null.")
+    if settings["enable_jit_checkpoint"]:
+        raise UserError("trainer.enable_jit_checkpoint: SIGTERM saves without it, and exactly; leave it out.")
     for key, choices in CHOICES.items():
         if settings[key] not in (*choices, True, False):
             raise UserError(

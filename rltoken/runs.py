@@ -96,9 +96,9 @@ def _failed_before_its_first_step(folder: Path) -> bool:
 
 
 def _keep_what_was(folder: Path) -> None:
-    """Put the settings that a run had aside under a number, and a report, which would mean that it is finished."""
+    """Put aside, under a number, the settings that a run had and what would be taken for a result of the new ones."""
     number = sum(1 for _ in folder.glob("config.*.yaml"))
-    for name in ("config.yaml", "report.json"):
+    for name in ("config.yaml", "report.json", "evaluation_before.parquet"):
         path = folder / name
         if path.exists():
             path.rename(path.with_suffix(f".{number}{path.suffix}"))

@@ -1,12 +1,14 @@
 """Train a reasoning model: `python -m rltoken.train +exp=grpo`; `--help` explains the rest.
 
 compose -> check -> run directory -> data, tokenizer, model -> evaluate -> train or resume -> evaluate -> report.
-Nothing is loaded before the configuration has been checked. What a user can mend ends in one line and exit status 2.
+Nothing is loaded before the configuration has been checked. What a user can mend ends in one line and exit status 2,
+a run that was told to leave (docs/resume.md) in one line and exit status 75.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -25,13 +27,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rltoken import cli, config, runs
+from rltoken import cli, config, preemption, runs
 from rltoken.errors import UserError
 from rltoken.resume import disk_errors_told
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
 
 def main() -> None:
@@ -99,9 +101,10 @@ def run(cfg: DictConfig, folder: Path) -> None:
 
     Raises:
         UserError: whatever the user can mend.
+        Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
     from rltoken import report
-    from rltoken.callbacks import ProgressLine
+    from rltoken.callbacks import ProgressLine, StopWhenAsked
 
     if cfg.resume == "auto" and (done := runs.finished(folder, cfg)):
         if runs.is_main_process():
@@ -112,19 +115,33 @@ def run(cfg: DictConfig, folder: Path) -> None:
     pipeline, args, lora = checked(cfg, folder)
     checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
     runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
-    with disk_errors_told(folder), _traceback_kept(folder), ProgressLine() as progress:
+    with (
+        disk_errors_told(folder),
+        _traceback_kept(folder),
+        preemption.noticed(cfg.trainer.max_hours) as notice,
+        ProgressLine() as progress,
+    ):
         try:
-            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, progress)
+            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, [progress, StopWhenAsked(notice)])
         except (UserError, InstantiationException) as error:
             if UserError in (type(error), type(error.__cause__)):
                 runs.discard(folder)
             raise
-        before = evaluation("before") if cfg.eval.before else None
-        trainer.train(resume_from_checkpoint=from_first_rank(checkpoint))
+        checkpoint = from_first_rank(checkpoint)
+        before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
+        with notice.steps(lambda: saved(folder, trainer.state)):
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder / "final"))
         after = evaluation("after") if cfg.eval.after else None
         if trainer.accelerator.is_main_process:
             finish(folder, {"name": cfg.name, "before": before, "after": after, "steps": trainer.state.global_step})
+
+
+def saved(folder: Path, state: TrainerState) -> str:
+    """What of a run that leaves after some steps is kept, for its message."""
+    path = folder / f"checkpoint-{state.global_step}"
+    kept = f"saved in {path}" if path.exists() else "not saved (see trainer.save_strategy)"
+    return f"at step {state.global_step} of {state.max_steps}, {kept}"
 
 
 def from_first_rank(value: str | None) -> str | None:
@@ -152,9 +169,9 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def assemble(
-    cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, progress: TrainerCallback
+    cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, callbacks: Sequence[TrainerCallback]
 ) -> tuple[Any, Any]:
-    """Load data, tokenizer and model; the trainer, and a function phase -> summary of an evaluation."""
+    """Load data, tokenizer and model; the trainer, and `evaluated` but for its phase."""
     from accelerate import PartialState
 
     from rltoken import parts
@@ -179,7 +196,7 @@ def assemble(
         eval_dataset=evaluation if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), progress],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         pipeline=pipeline,
         template=parts.template(cfg.model, tokenizer),
         pack_tokens=cfg.rollout.pack_tokens,
@@ -190,7 +207,7 @@ def assemble(
     )
     drop_printing_callbacks(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)
-    return trainer, lambda phase: evaluated(cfg, trainer, problems, parts.correctness(funcs), folder, phase)
+    return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
 
 def leave_terminal_to_us() -> None:
@@ -210,11 +227,21 @@ def drop_printing_callbacks(trainer: Any) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def evaluated(cfg: DictConfig, trainer: Any, dataset: Dataset, reward: Any, folder: Path, phase: str) -> dict[str, Any]:
-    """Evaluate the model as it stands; writes evaluation_<phase>.parquet."""
+def evaluated(
+    cfg: DictConfig, trainer: Any, dataset: Dataset, reward: Any, folder: Path, phase: str, *, known: bool = False
+) -> dict[str, Any]:
+    """Evaluate the model as it stands; writes evaluation_<phase>.parquet, whole or not at all.
+
+    With `known`, one that is there already is taken: the model that a resumed run began with is not there any more.
+    """
+    import pandas as pd
+
     from rltoken.evals.generate import evaluate, settings_of
     from rltoken.evals.metrics import summary
 
+    path = folder / f"evaluation_{phase}.parquet"
+    if found := from_first_rank(str(path) if known and path.exists() else None):
+        return summary(pd.read_parquet(found)) if trainer.accelerator.is_main_process else {}
     table = evaluate(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
@@ -225,7 +252,9 @@ def evaluated(cfg: DictConfig, trainer: Any, dataset: Dataset, reward: Any, fold
         label=f"evaluation {phase} training",
     )
     if trainer.accelerator.is_main_process:
-        table.to_parquet(folder / f"evaluation_{phase}.parquet")
+        partial = path.with_suffix(".partial")
+        table.to_parquet(partial)
+        partial.replace(path)
     return summary(table)
 
 

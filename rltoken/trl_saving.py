@@ -185,6 +185,12 @@ class SavingTrainer(GRPOTrainer):
 
     # Resuming
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:  # resumed from the last step: transformers would train one more where the epoch has more
+            self.control.should_training_stop = True
+
     def _get_train_sampler(self, dataset=None):
         self._order = super()._get_train_sampler(dataset)
         return self._order

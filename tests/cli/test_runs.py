@@ -72,6 +72,21 @@ def test_resume_auto(cli):
     assert torch.equal(whole["window"][0]["completion_ids"], again["window"][0]["completion_ids"])
 
 
+def test_a_resumed_run_keeps_its_evaluation_before_training(cli, monkeypatch):
+    folder = cli("name=mine", "resume=auto").runs / "mine"
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").unlink()
+    from rltoken.evals import generate
+
+    phases, evaluate = [], generate.evaluate
+    monkeypatch.setattr(
+        generate, "evaluate", lambda *args, label: [phases.append(label), evaluate(*args, label=label)][1]
+    )
+    assert cli("name=mine", "resume=auto").status == 0
+    assert phases == ["evaluation after training"]
+    assert json.loads((folder / "report.json").read_text()) == report
+
+
 def test_evaluation_between_steps_changes_no_weight(cli):
     settings = ("+exp=forced_answer", "eval.before=false", "eval.after=false")
     plain = cli(*settings, "name=plain").runs / "plain"
@@ -156,7 +171,8 @@ def test_every_field_of_grpo_config_can_be_set():
     import dataclasses
 
     names = {field.name for field in dataclasses.fields(trainer_schema())}
-    assert names == {field.name for field in dataclasses.fields(GRPOConfig)} - {"output_dir", "seed", "data_seed"}
+    theirs = {field.name for field in dataclasses.fields(GRPOConfig)}
+    assert names == theirs - {"output_dir", "seed", "data_seed"} | {"max_hours"}
     OmegaConf.structured(trainer_schema())
 
 

@@ -34,6 +34,8 @@ SIGNATURES = {
     "_issue_warnings_after_load": "(self, load_result)",
     "_load_optimizer_and_scheduler": "(self, checkpoint)",
     "_get_train_sampler": "(self, dataset)",
+    "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+    "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
 }
 GENERATE_RETURNS = (
@@ -153,7 +155,7 @@ def test_the_subclass_hides_no_new_name():
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
-        "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "compute_loss",
+        "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "_run_epoch", "compute_loss",
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams
