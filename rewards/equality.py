@@ -248,6 +248,8 @@ def _with_imaginary_unit(expression: Expression) -> Expression:
     """The expression with i as a number, which math-verify takes for a variable. Relations have none."""
     if not any(symbol.name == "i" for symbol in expression.free_symbols) or expression.has(Relational):
         return expression
+    if isinstance(expression, sympy.Interval):  # (i, 2i) is a pair: complex numbers have no order
+        expression = sympy.Tuple(expression.start, expression.end)
     return expression.subs({symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"})
 
 
