@@ -192,11 +192,15 @@ def report(names, trainers, seconds):
     Console(width=200).print(table)
 
 
-def quiet_libraries():
-    """Leave the terminal to the table."""
+def prepared(*jobs):
+    """The configurations of jobs in the words of the command line; leaves one thread, and the terminal to a table."""
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    register_schemas()
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        return [compose("config", overrides=list(job)) for job in jobs]
 
 
 def main() -> None:
@@ -206,14 +210,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each trainer")
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted in the medians")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    quiet_libraries()
 
-    register_schemas()
     quiet = ["trainer.save_strategy=no", "trainer.log_completions=false", f"trainer.max_steps={options.steps}"]
     arms = options.arm or ["+exp=grpo"]
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfgs = [compose("config", overrides=[*quiet, *shlex.split(arm)]) for arm in arms]
+    cfgs = prepared(*([*quiet, *shlex.split(arm)] for arm in arms))
     with tempfile.TemporaryDirectory() as scratch:
         trainers, seconds = in_turns(cfgs, scratch, options.warm_up)
     counted = [values[options.warm_up :] for values in seconds]

@@ -19,16 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from bench import make, quiet_libraries
-from hydra import compose, initialize_config_module
+from bench import make, prepared
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
 from trl import GRPOTrainer
 
-from rltoken.config import register_schemas
 from rltoken.trainer import TokenGRPOTrainer
 
 TRAINERS = (GRPOTrainer, TokenGRPOTrainer)
@@ -91,13 +88,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps and saves of a turn")
     parser.add_argument("--turns", type=int, default=5, help="turns of each trainer")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    quiet_libraries()
 
-    register_schemas()
-    overrides = [*shlex.split(options.method), *SETTINGS, f"trainer.max_steps={options.steps}"]
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
+    (cfg,) = prepared([*shlex.split(options.method), *SETTINGS, f"trainer.max_steps={options.steps}"])
     model, both, sizes = instantiate(cfg.model.source), (Timed(), Timed()), [{}, {}]
     for turn, which in itertools.product(range(options.turns), range(2)):
         with tempfile.TemporaryDirectory() as scratch:

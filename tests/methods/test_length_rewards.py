@@ -437,7 +437,9 @@ def test_two_forms_of_one_length_reward_are_refused_by_name(first, second):
 
 def test_two_shapes_of_a_users_own_file_are_not_forms_of_one_reward():
     args = GRPOConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none")
-    build({"shapes": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}}).check(args)
+    pipeline = build({"shapes": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}})
+    pipeline.check(args)
+    assert [stage.key for stage in pipeline["shapes"]] == ["method.shapes.one", "method.shapes.two"]
 
 
 def test_exp_fast_math_r1_is_grpo_with_the_three_rewards():
