@@ -9,10 +9,11 @@ import math
 import reprlib
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from rltoken.errors import UserError, first_line, nearest
+from rltoken.ranges import check
 from rltoken.rewards.text import content
 
 Reward = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -93,7 +94,20 @@ def _signature(func: Any, name: str) -> inspect.Signature:
             f"reward.funcs.{name}: its signature {signature} has no place for the columns that it does not name; add "
             "the parameter **columns at its end."
         )
+    _refuse_settings(func, name, signature)
     return signature
+
+
+def _refuse_settings(func: Any, name: str, signature: inspect.Signature) -> None:
+    """Refuse a setting that the function has no parameter for, which **columns would swallow, or that may not be so."""
+    settings = func.keywords if isinstance(func, functools.partial) else {}
+    if unknown := next((key for key in settings if key not in signature.parameters), None):
+        known = [key for key, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD]
+        raise UserError(f"reward.funcs.{name}.{unknown}: it has no such parameter{nearest(unknown, known)}; remove it.")
+    try:
+        check(func, settings)
+    except ValueError as error:
+        raise UserError(f"reward.funcs.{name}.{first_line(error)}.") from error
 
 
 def _refuse_missing(signature: inspect.Signature, name: str, columns: dict[str, Any]) -> None:
@@ -160,7 +174,7 @@ def _settled(
 
 def _checked(name: str, values: Any, columns: dict[str, Any]) -> list[float | None]:
     n = len(columns["completions"])
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or isinstance(values, str | Mapping | Set):
         raise UserError(f"reward.funcs.{name}: returned {reprlib.repr(values)}; return a list of {n} rewards.")
     values = list(values)
     if len(values) != n:

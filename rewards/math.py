@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Annotated, Any
 
 from rltoken.errors import UserError
+from rltoken.ranges import Range, check
 from rltoken.rewards import grader
 from rltoken.rewards.equality import DEFAULT, Rules, equal, parses, readable
 from rltoken.rewards.extraction import MAX_CHARS, extract
@@ -36,10 +37,10 @@ def accuracy(
     *,
     think_end: str | None = None,
     last_number: bool = False,
-    tolerance: float | None = None,
+    tolerance: Annotated[float | None, Range(least=0, none=True)] = None,
     bare_percent: bool = True,
     strict: bool = True,
-    on_failure: float | None = 0.0,
+    on_failure: Annotated[float | None, Range(none=True)] = 0.0,
     workers: int | None = None,
     seconds: float = 5.0,
     log_extra: Callable[[str, list], None] | None = None,
@@ -70,9 +71,11 @@ def accuracy(
         None if no gold answer can be graded (TRL then leaves the completion out of this reward).
 
     Raises:
-        UserError: for a setting of the pool that is out of range, or a gold answer that is a bool, a dict, or a list in
-            a list.
+        ValueError: for a setting that is out of range.
+        UserError: for a setting of the pool that is, or a gold answer that is a bool, a dict, or a list in a list.
     """
+    settings = {"last_number": last_number, "bare_percent": bare_percent, "strict": strict}
+    check(accuracy, settings | {"tolerance": tolerance, "on_failure": on_failure})
     found = outcomes(
         completions,
         answer,

@@ -25,7 +25,7 @@ def content(completion: Completion) -> str:
     """The text of a completion, whichever of TRL's two forms it has."""
     if isinstance(completion, str) or not completion:
         return completion or ""
-    last = completion[-1]["content"] or ""
+    last = completion[-1].get("content") or ""  # a message that calls a tool has none
     return last if isinstance(last, str) else "".join(part.get("text") or "" for part in last)
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import config, runs
-from rltoken.errors import UserError, first_line
+from rltoken.errors import UserError, first_line, nearest
 from rltoken.preemption import EXIT_CODE, Preempted
 
 CONFIG_MODULE = "rltoken.conf"
@@ -111,24 +111,34 @@ def user_error(error: BaseException) -> UserError | None:
     """The UserError that an exception is or was raised from, also through Hydra's instantiation."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return user_error(error.__cause__) or _not_instantiated(error)
+    if isinstance(error, InstantiationException):
+        return (error.__cause__ and user_error(error.__cause__)) or _not_instantiated(error)
     if isinstance(error, OmegaConfBaseException):
         return config.explain(error, (), {})
     return None
 
 
-def _not_instantiated(error: InstantiationException) -> UserError:
-    """What a user's own `_target_` raised, or that there is none of that name, under its key."""
+def _not_instantiated(error: InstantiationException) -> UserError | None:
+    """What a `_target_` raised, or that there is none of that name, under its key; None for a bug of ours."""
     key, target = re.search(r"full_key: (\S+)", str(error)), re.search(r"target '([^']+)'", str(error))
-    setting, _, told = first_line(error.__cause__).partition(": ")
-    if key and isinstance(error.__cause__, ValueError) and told and setting.isidentifier():
+    where, cause = key[1] if key else "configuration", error.__cause__
+    if cause is None:
+        uncallable = re.search(r"Expected a callable target, got (.+)", str(error))
+        return uncallable and UserError(f"{where}: {uncallable[1]} cannot be called; name a function or a class.")
+    setting, _, told = first_line(cause).partition(": ")
+    if key and isinstance(cause, ValueError) and told and setting.isidentifier():
         return UserError(f"{key[1]}.{setting}: {told.rstrip('.')}.")
+    root = cause.__cause__ if isinstance(cause, ImportError) and cause.__cause__ else cause
     return UserError(
-        f"{key[1] if key else 'configuration'}: {target[1] if target else '_target_'} cannot be had or called: "
-        f"{type(error.__cause__).__name__}: {first_line(error.__cause__).rstrip(':.')}. Correct _target_ or its "
-        "settings."
+        f"{where}: {target[1] if target else '_target_'} cannot be had or called: {type(root).__name__}: "
+        f"{first_line(root).rstrip(':.')}{_near_target(target[1] if target else '')}. Correct _target_ or its settings."
     )
+
+
+def _near_target(target: str) -> str:
+    """A name in the module of a target that is not there which it may stand for, as a question."""
+    module, _, name = target.rpartition(".")
+    return nearest(name, dir(sys.modules[module])) if module in sys.modules else ""
 
 
 def known_names(config_name: str) -> tuple[list[str], dict[str, list[str]]]:

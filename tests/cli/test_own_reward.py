@@ -34,6 +34,9 @@ def leaves(completions, **_):
     raise SystemExit(0)
 
 
+SEVEN = 7
+
+
 class Near:
     # 1 at `target` tokens, less the further away, 0 from twice as many on
 
@@ -118,7 +121,22 @@ def test_or_counts_as_crashed(cli, own):
     assert crashed and all(0 < share <= 1 for share in crashed)
 
 
-def test_a_reward_that_is_not_there_is_one_line(cli):
-    found = cli("+reward.funcs.gone._target_=own_reward.gone")
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (
+            "own_reward.gone",
+            "own_reward.gone cannot be had or called: ModuleNotFoundError: No module named 'own_reward'",
+        ),
+        ("own_rewards.breif", "'own_rewards' is not a package (did you mean 'brief'?). Correct _target_"),
+        ("bad_syntax.f", "SyntaxError: expected ':' (bad_syntax.py, line 1). Correct _target_"),
+        ("bad_import.f", "ModuleNotFoundError: No module named 'no_such_module'. Correct _target_"),
+        ("own_rewards.SEVEN", "'7' of type 'int' cannot be called; name a function or a class"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_one_line(cli, own, tmp_path, target, told):
+    (tmp_path / "bad_syntax.py").write_text("def f(completions, **c)\n")
+    (tmp_path / "bad_import.py").write_text("import no_such_module\n")
+    found = cli(f"+reward.funcs.gone={{_target_: {target}, _partial_: true}}")
     assert found.status == 2 and len(found.err.strip().splitlines()) == 1, found.err
-    assert "reward.funcs.gone: own_reward.gone cannot be had or called" in found.err
+    assert "error: reward.funcs.gone: " in found.err and told in found.err

@@ -7,6 +7,7 @@ import pytest
 
 from rltoken.errors import UserError
 from rltoken.rewards.guard import guarded
+from rltoken.rewards.math import accuracy
 
 COLUMNS = {"completions": ["one", "two", "three"], "answer": ["1", "2", "3"], "id": ["a", "b", "c"]}
 
@@ -169,3 +170,41 @@ def test_a_function_that_takes_samples_only_together_is_told_so():
 def test_what_is_no_reward_is_refused(returned, message):
     with pytest.raises(UserError, match=message):
         guarded(lambda **_: returned, name="own")(**COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bda": "x"}, r"reward\.funcs\.x\.bda: it has no such parameter \(did you mean 'bad'\?\); remove it"),
+        ({"answr": "x"}, r"reward\.funcs\.x\.answr: .*did you mean 'answer'"),
+    ],
+)
+def test_a_misspelt_setting_is_not_swallowed_by_columns(settings, message):
+    with pytest.raises(UserError, match=message):
+        guarded(functools.partial(lengths, **settings), name="x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": "abc"}, r"funcs\.accuracy\.tolerance: 'abc' is not possible; .*from 0, or to null"),
+        ({"tolerance": -1}, "tolerance: -1 is not possible"),
+        ({"bare_percent": "maybe"}, "bare_percent: 'maybe' is neither true nor false"),
+        ({"on_failure": "yes"}, "on_failure: 'yes' is not possible"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_when_rewards_are_made(settings, message):
+    with pytest.raises(UserError, match=message):
+        guarded(functools.partial(accuracy, **settings), name="accuracy")
+    with pytest.raises(ValueError, match=message.removeprefix(r"funcs\.accuracy\.")):
+        accuracy(["5"], ["5"], **settings)
+
+
+@pytest.mark.parametrize("values", [{"one": 1.0, "two": 0.0, "three": 1.0}, {1.0, 2.0, 3.0}, "123"])
+def test_what_has_no_order_is_no_list_of_rewards(values):
+    with pytest.raises(UserError, match="return a list of 3 rewards"):
+        guarded(lambda completions, **_: values, name="x")(**COLUMNS)
+
+
+def test_a_message_without_content_has_no_answer():
+    assert accuracy([[{"role": "assistant", "tool_calls": []}]], ["5"]) == [0.0]
