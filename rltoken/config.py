@@ -51,11 +51,14 @@ AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsi
 """The same for fields that may be null."""
 PLAIN = (bool, int, float, str)
 READ = {
-    "model": ("source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora"),
+    "model": (
+        "source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora", "adapter",
+        "quantization",
+    ),
     "model.forced": ("ellipsis", "header", "stops"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
     "reward": ("funcs", "weights", "on_error", "classes"),
-}
+}  # fmt: skip
 """What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
 
 
@@ -285,13 +288,15 @@ def _check_run_keys(cfg: DictConfig) -> None:
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse values of `eval`, `rollout` and `reward` that would only fail once a model is loaded.
+    """Refuse values of `model`, `eval`, `rollout` and `reward` that would only fail once a model is loaded.
 
     Raises:
         UserError: names the key and the fix.
     """
+    from rltoken.adapters import check_quantization
     from rltoken.rollout.forced import in_tokens
 
+    check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
     least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1}

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken import cli, config, runs
+from rltoken import adapters, cli, config, runs
 from rltoken.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +73,7 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
     if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
         cfg.model.path = cfg.models[0]
+    adapters.settle(cfg)
     config.check_keys(cfg, TOP_LEVEL)
     for key in ("runs", "models"):
         if not OmegaConf.is_list(cfg[key]):
@@ -114,15 +114,18 @@ def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
 
 
 def existing_model(path: str) -> None:
-    """Refuse what is no model before anything is loaded or written.
+    """Refuse what is no model, and no adapter whose base is there, before anything is loaded or written.
 
     Raises:
-        UserError: it is a run directory, or no model folder and no hub id.
+        UserError: it is a run directory, or no model folder and no hub id, or an adapter without its base.
     """
     from rltoken.models import existing
 
     if (Path(path) / "config.yaml").is_file() and (Path(path) / "command.txt").is_file():
         raise UserError(f"models: {path} is a run directory; set 'runs=[{path}]', or 'models=[{path}/final]'.")
+    if adapters.is_adapter(path):
+        adapters.base_of(path, "models")
+        return
     try:
         existing(path)
     except UserError as error:
@@ -194,7 +197,7 @@ def evaluated(subject: Subject, folder: Path, state: PartialState) -> dict[str, 
 
     cfg = subject.cfg
     with state.main_process_first():
-        path = subject.path or instantiate(cfg.model.source)
+        path = subject.path or parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         problems = parts.first(parts.problems(cfg.data, "eval", tokenizer), cfg.eval.limit)
     table = evaluate(

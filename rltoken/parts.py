@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rltoken import models, signals
+from rltoken import adapters, models, signals
 from rltoken.data import check_prompt_lengths
 from rltoken.rewards.guard import guarded
 from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def source(section: DictConfig) -> str:
+    """What the section `model` names: the adapter's folder where it has one, else the model's folder or hub id."""
+    return section.get("adapter") or instantiate(section.source)
+
 
 def tokenizer(section: DictConfig, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`, checked against the section `model`."""
+    """The tokenizer of the model or adapter at `path`, checked against the section `model`."""
+    if adapters.is_adapter(path) and not adapters.has_tokenizer(path):
+        path = _base(section, path)
     return models.load_tokenizer(path, think_end=section.think_end, trust_remote_code=section.trust_remote_code)
 
 
@@ -27,14 +37,30 @@ def template(section: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Templat
     return encode_template(tokenizer, think_end=section.think_end, **section.forced)
 
 
-def model(section: DictConfig, path: str) -> PreTrainedModel:
-    """The model at `path`, loaded as the section `model` says."""
-    return models.load_model(
-        path,
+def model(section: DictConfig, path: str, *, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """The model at `path`, or the adapter on its base, loaded as the section `model` says.
+
+    Args:
+        section: the section `model`.
+        path: what `source` gave, or another folder or hub id.
+        trainable: an adapter is to be trained further; a model always can be.
+    """
+    adapter = adapters.is_adapter(path)
+    base = _base(section, path) if adapter else path
+    loaded = models.load_model(
+        base,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
+        quantization=adapters.quantization(section.get("quantization")),
     )
+    return adapters.attached(loaded, path, base, trainable=trainable) if adapter else loaded
+
+
+def _base(section: DictConfig, adapter: str) -> str:
+    """What an adapter is put on: a base given beside `model.adapter`, or the one that the adapter names."""
+    given = adapter == section.get("adapter") and section.get("path") is not None
+    return instantiate(section.source) if given else adapters.base_of(adapter)
 
 
 def rewards(section: DictConfig) -> tuple[dict[str, Callable[..., Any]], list[float] | None, Callable[..., Any] | None]:

@@ -34,7 +34,18 @@ TRAINED = ("metrics.jsonl", "checkpoint-*", "final", "report.json")
 UNTRAINED = ("evaluation_before.parquet", "completions", TRACEBACKS)
 """What a run may leave that failed before its first step."""
 LONGEST_NAME = 80
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "math-verify", "hydra-core", "vllm")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "math-verify",
+    "hydra-core",
+    "bitsandbytes",
+    "vllm",
+)
 
 
 def default_name(choices: Mapping[str, Any], seed: int, overrides: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rltoken import cli, config, preemption, runs
+from rltoken import adapters, cli, config, preemption, runs
 from rltoken.errors import UserError
 from rltoken.resume import disk_errors_told
 
@@ -87,6 +87,7 @@ def named_run(cfg: DictConfig) -> None:
     Raises:
         UserError: as `run`, or no method is chosen.
     """
+    adapters.settle(cfg)
     config.check_keys(cfg)
     chosen = HydraConfig.get()
     if not chosen.runtime.choices.get("exp") and not any(cfg.method.values()):
@@ -157,7 +158,6 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     Raises:
         UserError: a combination that makes no sense.
     """
-    from rltoken.models import lora
     from rltoken.pipeline import build
 
     OmegaConf.resolve(cfg)
@@ -165,7 +165,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
     pipeline.check(args)
-    return pipeline, args, lora(cfg.model.lora)
+    return pipeline, args, adapters.lora(cfg.model.lora)
 
 
 def assemble(
@@ -181,7 +181,7 @@ def assemble(
 
     leave_terminal_to_us()
     with PartialState().main_process_first():  # what is converted or trained once and cached is made by rank 0
-        path = instantiate(cfg.model.source)
+        path = parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
     if runs.is_main_process():
@@ -189,7 +189,7 @@ def assemble(
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
     trainer = TokenGRPOTrainer(
-        model=parts.model(cfg.model, path),
+        model=parts.model(cfg.model, path, trainable=True),
         reward_funcs=list(funcs.values()),
         args=args,
         train_dataset=train,

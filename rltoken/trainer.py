@@ -96,6 +96,11 @@ class TokenGRPOTrainer(SeamTrainer):
         self._try_prompts_and_shapes()
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a stage names `ref_logps`."""
+        return self.pipeline.needs("ref_logps")
+
+    @property
     def progress(self) -> Progress:
         """Optimizer steps done and to do."""
         return Progress(self.state.global_step, self.state.max_steps)
@@ -573,9 +578,8 @@ class TokenGRPOTrainer(SeamTrainer):
             raise UserError(f"{self.pipeline['rows'][0].key}: rows stages cannot replay tools or rollout functions.")
         if self.pipeline.needs("ref_logps") and not self.has_reference:
             raise UserError(
-                "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory, or of an "
-                "adapter trained further, is known with beta > 0 only; set trainer.beta=1e-6, or load the model "
-                "from a folder."
+                "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory is known with "
+                "beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
             )
         if self.aux_loss_enabled and (self.pack_tokens is not None or self.pipeline["rows"]):
             raise UserError(

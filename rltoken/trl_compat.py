@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
@@ -29,6 +29,8 @@ from rltoken.trl_saving import SavingTrainer
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
+REFERENCE_ADAPTER = "ref"
+"""TRL's name for the frozen copy of an adapter that is trained further."""
 
 
 @dataclass
@@ -71,11 +73,18 @@ class SeamTrainer(SavingTrainer):
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
         self._own_reference: nn.Module | None = None
-        self._given_adapter = isinstance(kwargs.get("model"), PeftModel)
         self.sampled_ids: list[list[int]] = []
+        model = args[0] if args else kwargs["model"]
+        if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
+            keep_reference(model)
         super().__init__(*args, **kwargs)
 
     # What a subclass overrides
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `reference_logps` will be called; asked before the trainer is made."""
+        return False
 
     def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The tensors of one generation window (training only)."""
@@ -301,13 +310,16 @@ class SeamTrainer(SavingTrainer):
             return self._old_forward(self.model, *_scored(window), what=what, batch_size=batch_size)
 
     def reference_logps(self, window: dict[str, Any]) -> Tensor:
-        """[B, T] log-probs under the frozen reference: TRL's, the adapter's base, or the model that is on disk."""
+        """[B, T] log-probs under the frozen reference.
+
+        That is TRL's; the base of a new adapter; a given adapter as it was; the model that is on disk.
+        """
         if "ref_per_token_logps" in window:
             return window["ref_per_token_logps"]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             unwrapped = self.accelerator.unwrap_model(self.model)
             if isinstance(unwrapped, PeftModel):
-                with use_adapter(unwrapped, adapter_name=None):
+                with use_adapter(unwrapped, REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None):
                     return self._plain_logps(self.model, window)
             if self._own_reference is None:
                 self._own_reference = self._load_reference(unwrapped)
@@ -319,11 +331,11 @@ class SeamTrainer(SavingTrainer):
 
     @property
     def has_reference(self) -> bool:
-        """Whether `reference_logps` can find the reference: TRL's, a new adapter's base, or a folder or hub id."""
+        """Whether `reference_logps` can find the reference: TRL's, what an adapter began as, or a folder or hub id."""
         if self.beta != 0.0:
             return True
         model = self.accelerator.unwrap_model(self.model)
-        return not self._given_adapter if isinstance(model, PeftModel) else bool(model.config._name_or_path)
+        return isinstance(model, PeftModel) or bool(model.config._name_or_path)
 
     @property
     def runs_tools(self) -> bool:
@@ -339,6 +351,17 @@ class SeamTrainer(SavingTrainer):
         )
 
     # The seams
+
+    def _save(self, output_dir=None, state_dict=None):
+        # Of a checkpoint with a folder of a second adapter transformers 5.17 loads only that one when it resumes. The
+        # reference needs no saving: it is read again from where it came from.
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        reference = adapters.pop(REFERENCE_ADAPTER, None)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if reference is not None:
+                adapters[REFERENCE_ADAPTER] = reference
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
@@ -450,6 +473,12 @@ class SeamTrainer(SavingTrainer):
             yield captured
         finally:
             handle.remove()
+
+
+def keep_reference(model: PeftModel) -> None:
+    """Give a model whose adapter is trained further a frozen copy of it, as TRL does itself where beta > 0."""
+    model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model), REFERENCE_ADAPTER)
 
 
 def _scored(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

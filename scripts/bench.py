@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
 from rltoken import parts
+from rltoken.adapters import lora
 from rltoken.config import register_schemas, to_grpo_config
-from rltoken.models import lora
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 

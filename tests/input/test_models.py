@@ -8,10 +8,20 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from rltoken import parts
+from rltoken.adapters import lora, quantization
+from rltoken.config import register_schemas
 from rltoken.errors import UserError
-from rltoken.models import existing, load_model, load_tokenizer, lora, smollm2
+from rltoken.models import existing, load_model, load_tokenizer, smollm2
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 WORDS = {"?": 0, "<eos>": 1, "a": 2, "b": 3, "</": 4, "think": 5, ">": 6}
@@ -113,6 +123,50 @@ def test_lora_settings():
     assert refused(lora, {"layers_pattern": "x", "target_modules": "all-linear", "layers_to_transform": 1}).startswith(
         "model.lora: peft.LoraConfig refuses it"
     )
+
+
+def test_what_the_lora_groups_make():
+    register_schemas()
+    with initialize_config_module("rltoken.conf", version_base=None):
+        sections = {
+            name: compose(overrides=["+model=hf", "model.path=x", f"+lora={name}"]).model
+            for name in ("default", "attention", "dora", "rslora", "qlora")
+        }
+        small = compose("config", overrides=["scale=small", "+lora=rslora"]).model
+        further = compose(overrides=["+model=hf", "+lora=qlora", "model.lora=null", "model.adapter=x"]).model
+    made = {name: lora(section.lora) for name, section in sections.items()}
+    assert made["attention"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert [name for name, config in made.items() if config.use_dora] == ["dora"]
+    assert [name for name, config in made.items() if config.use_rslora] == ["rslora"]
+    assert made["rslora"].lora_alpha / made["rslora"].r ** 0.5 == made["default"].lora_alpha / made["default"].r
+    assert made["qlora"].to_dict() == made["default"].to_dict(), "qlora changes the base only"
+    assert {name for name, section in sections.items() if section.quantization is not None} == {"qlora"}
+    assert lora(further.lora) is None and further.quantization == sections["qlora"].quantization
+    assert lora(small.lora).use_rslora, "a group takes the place of the one that a scale brings"
+
+
+def test_the_base_in_four_bits(folder, monkeypatch):
+    with initialize_config_module("rltoken.conf", version_base=None):
+        section = compose(overrides=["+model=hf", f"model.path={folder}", "+lora=qlora"]).model
+    made = quantization(section.quantization)
+    assert made.quantization_method() == "nf4" and made.bnb_4bit_use_double_quant
+    assert made.bnb_4bit_compute_dtype == torch.bfloat16 and quantization(None) is None
+    given = {}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path, **settings: given.update(settings))
+    parts.model(section, folder)
+    assert given["quantization_config"].to_dict() == made.to_dict()
+    section.quantization = None
+    parts.model(section, folder)
+    assert given["quantization_config"] is None
+    assert refused(quantization, {"load_in_4bits": True}) == (
+        "model.quantization.load_in_4bits: transformers.BitsAndBytesConfig has no such setting. Did you mean "
+        "model.quantization.load_in_4bit?"
+    )
+    assert "it quantises nothing" in refused(quantization, {"bnb_4bit_quant_type": "nf4"})
+    for wrong in ({"bnb_4bit_compute_dtype": "float17"}, {"load_in_8bit": True}):
+        assert refused(quantization, {"load_in_4bit": True, **wrong}).startswith(
+            "model.quantization: BitsAndBytesConfig"
+        )
 
 
 def test_the_groups_compose(folder):

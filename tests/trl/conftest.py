@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from rltoken.adapters import attached
 from rltoken.pipeline import build
 from rltoken.rollout.forced import encode_template
 from rltoken.tiny.data import problems
@@ -74,19 +75,23 @@ class Run:
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """run(stages=None | {slot: {name: stage}}, lora=False, **GRPOConfig changes): plain GRPOTrainer without stages."""
+    """run(stages=None | {slot: {name: stage}}, lora=False, adapter=None, **GRPOConfig changes) -> Run.
+
+    Without stages plain GRPOTrainer trains; `adapter` is the folder of one to train further.
+    """
     folder, tokenizer, dataset = tiny
     count = iter(range(100))
 
-    def train(stages=None, *, lora=False, reward=token_parity, resume=None, **changes):
+    def train(stages=None, *, lora=False, adapter=None, reward=token_parity, resume=None, **changes):
         options = {name: changes.pop(name) for name in ("pack_tokens", "normaliser", "on_change") if name in changes}
         if stages is not None:
             options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)
         eval_dataset, problems = changes.pop("eval_dataset", None), changes.pop("train_dataset", dataset)
         output_dir = changes.pop("output_dir", tmp_path / f"run{next(count)}")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         trainer = cls(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            model=attached(model, adapter, folder, trainable=True) if adapter else model,
             reward_funcs=reward,
             args=arguments(output_dir, **changes),
             train_dataset=problems,

@@ -28,6 +28,7 @@ SIGNATURES = {
     "compute_entropy, compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, "
     "spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids)",
     "_prepare_inputs": "(self, generation_batch)",
+    "_save": "(self, output_dir, state_dict)",
     "_save_checkpoint": "(self, model, trial)",
     "_get_output_dir": "(self, trial)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
@@ -155,7 +156,7 @@ def test_the_subclass_hides_no_new_name():
     seams = {
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
-        "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "_run_epoch", "compute_loss",
+        "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "_run_epoch", "_save", "compute_loss",
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams
