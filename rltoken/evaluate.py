@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken import adapters, cli, config, runs
+from rltoken import adapters, cli, config, identity, runs
 from rltoken.errors import UserError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def refuse_differences(found: Sequence[Subject]) -> None:
     """
     fractions = any(isinstance(budget, float) for subject in found for budget in subject.cfg.eval.budgets or ())
     for key in (*SAME, *([LONGEST] if fractions else [])):
-        values = [runs.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
+        values = [identity.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
         for subject, value in zip(found, values, strict=True):
             for name in sorted((values[0].keys() | value.keys()) - WHEN):
                 if values[0].get(name) != value.get(name):

@@ -133,20 +133,24 @@ class Pipeline:
         """State of each stage that keeps any, by its key."""
         return {s.key: s.call.state_dict() for s in self.stages() if hasattr(s.call, "state_dict")}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, on_change: str = "refuse") -> None:
         """Restore what `state_dict` gave.
+
+        Args:
+            state: of each stage by its key.
+            on_change: 'refuse', or 'accept' that a stage begins anew, or that one is not there any more.
 
         Raises:
             UserError: the checkpoint lacks a stage's state, or holds one of a stage that is not there.
         """
         stateful = {s.key: s.call for s in self.stages() if hasattr(s.call, "load_state_dict")}
-        if stateful.keys() != state.keys():
+        if stateful.keys() != state.keys() and on_change == "refuse":
             raise UserError(
                 f"resume: the checkpoint keeps the state of {sorted(state) or 'no stage'} but the method has "
-                f"{sorted(stateful) or 'none'}; resume with the method of the checkpoint."
+                f"{sorted(stateful) or 'none'}; resume with the method of the checkpoint, or set on_change=accept."
             )
-        for key, call in stateful.items():
-            call.load_state_dict(state[key])
+        for key in stateful.keys() & state.keys():
+            stateful[key].load_state_dict(state[key])
 
     def check(self, args: GRPOConfig) -> None:
         """Refuse combinations with the trainer's arguments that make no sense.

@@ -10,27 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rltoken import __version__
 from rltoken.errors import UserError, first_line
 
 MANIFEST = "rltoken_manifest.json"
 SCRATCH = ".saving"
 """The directory inside a run in which checkpoints are written: on the same disk, so that a rename is one step."""
 NAME = re.compile(r"checkpoint-(\d+)")
-SHAPING = ("torch", "transformers", "trl")
-"""Packages of which another version may compute other numbers from the same state."""
-SHOWN = 5
-"""How many changes one message names."""
 PROBE_BYTES = 1 << 20
 THREADS = 8
 
@@ -55,20 +50,14 @@ TROUBLES = {
 GONE = ("the run directory is gone", "set runs_dir to a place that stays, and start again")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what shapes the numbers of a run."""
-    return {"rltoken": __version__} | {package: importlib.metadata.version(package) for package in SHAPING}
-
-
-def write_manifest(folder: Path, *, step: int, processes: int, data: str | None, weights_only: bool = False) -> None:
+def write_manifest(folder: Path, *, step: int, processes: int, **facts: Any) -> None:
     """Write the list of every file of a checkpoint, which declares it complete.
 
     Args:
         folder: the checkpoint, with all else that belongs to it.
         step: the optimizer step it was saved at.
         processes: how many processes wrote it.
-        data: what identifies the training data, from `digest_of_rows`.
-        weights_only: it has no state of the optimizer.
+        facts: what it belongs to (`rltoken.identity.changed`), and `run`, which identifies the run.
     """
     paths = _files(folder)
     with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the interpreter to others
@@ -77,20 +66,13 @@ def write_manifest(folder: Path, *, step: int, processes: int, data: str | None,
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
             for path, digest in zip(paths, digests, strict=True)
         }
-    content = {
-        "step": step,
-        "processes": processes,
-        "data": data,
-        "weights_only": weights_only,
-        "versions": versions(),
-        "files": files,
-    }
+    content = {"step": step, "processes": processes, **facts, "files": files}
     text = json.dumps({"manifest": content, "sha256": _digest_of(content)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote: `step`, `processes`, `data`, `weights_only`, `versions` and `files`.
+    """What `write_manifest` wrote: `step`, `processes`, the facts, and `files`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -137,25 +119,36 @@ def _damage(path: Path, *, bytes: int, sha256: str) -> str | None:
     return None if _digest(path) == sha256 else f"{path.name} is damaged: its checksum differs"
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_whole(run: Path, identity: str | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Look for the checkpoint to go on from.
 
     Args:
         run: the run directory.
+        identity: what identifies the run; one that another run wrote is skipped. None: they are not told apart.
 
     Returns:
         The whole checkpoint of the highest step or None, and those of higher steps with the reason to skip each.
     """
-    steps = {int(match[1]): path for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))}
     skipped = []
-    for step in sorted(steps, reverse=True):
-        reason = verify(steps[step])
-        if reason is None and (written := read_manifest(steps[step])["step"]) != step:
-            reason = f"it was written at step {written}"
+    for step, path in sorted(_steps(run).items(), reverse=True):
+        reason = verify(path) or _foreign(read_manifest(path), step, identity)
         if reason is None:
-            return steps[step], skipped
-        skipped.append((steps[step], reason))
+            return path, skipped
+        skipped.append((path, reason))
     return None, skipped
+
+
+def _foreign(manifest: Mapping[str, Any], step: int, identity: str | None) -> str | None:
+    """Why a whole checkpoint has no business under this name in this run, if so."""
+    if manifest["step"] != step:
+        return f"it was written at step {manifest['step']}"
+    written_by = manifest.get("run")
+    return None if None in (identity, written_by) or written_by == identity else "it belongs to another run"
+
+
+def _steps(run: Path) -> dict[int, Path]:
+    """Step -> checkpoint, whole or not."""
+    return {int(match[1]): path for path in run.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))}
 
 
 def prepare(scratch: Path) -> None:
@@ -194,55 +187,30 @@ def recover(run: Path) -> None:
         shutil.rmtree(run / SCRATCH, ignore_errors=True)
 
 
-def digest_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:
-    """What identifies a data set: its rows, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def changed(folder: Path, **now: Any) -> list[str]:
-    """What is not as it was when a checkpoint was written, in words.
-
-    Args:
-        folder: the checkpoint; one of plain TRL, without a manifest, tells nothing.
-        now: `processes`, `versions` and `data`, those that are known, as in the manifest.
-    """
-    if not (folder / MANIFEST).exists():
-        return []
-    then = read_manifest(folder)
-    found = ["it has no state of the optimizer (trainer.save_only_model)"] if then["weights_only"] else []
-    if "processes" in now and then["processes"] != now["processes"]:
-        found.append(f"it was written by {then['processes']} processes and there are {now['processes']}")
-    for package, version in now.get("versions", {}).items():
-        if (old := then["versions"].get(package)) != version:
-            found.append(f"it was written by {package} {old} and this is {version}")
-    if None not in (now.get("data"), then["data"]) and then["data"] != now["data"]:
-        found.append("the training data are others than then")
-    return found
-
-
-def accept_or_refuse(what: str, changes: Sequence[str], on_change: str) -> None:
-    """Print changes that were accepted, and what stops being exact.
-
-    Args:
-        what: the checkpoint or run directory.
-        changes: in words.
-        on_change: 'refuse' or 'accept'.
-
-    Raises:
-        UserError: there are some and they are not accepted.
-    """
-    if not changes:
+def rotate(run: Path, limit: int | None, protected: Iterable[Path]) -> None:
+    """Remove the checkpoints of the earliest steps beyond `limit`, but none that is protected."""
+    if limit is None or limit <= 0:
         return
-    told = "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
-    if on_change != "accept":
-        raise UserError(
-            f"resume: {what} does not fit: {told}; go back to what was, choose another name, or set on_change=accept."
-        )
-    if os.environ.get("RANK", "0") == "0":
-        print(f"resume: {what}: {told}. Accepted: from here on the numbers are not those of a run in one piece.")
+    by_step = _steps(run)
+    removable = [path for step, path in sorted(by_step.items()) if path not in set(protected)]
+    for path in removable[: max(0, len(by_step) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def put_aside(run: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps than `after`, which the run that goes on from there is not to find.
+
+    They are broken, another run's, or what this run is going back from. Returns their new paths.
+    """
+    moved = []
+    for _, path in sorted((step, path) for step, path in _steps(run).items() if step > after):
+        numbers = itertools.count()
+        place = run / f"aside-{path.name}"
+        while place.exists():
+            place = run / f"aside-{path.name}.{next(numbers)}"
+        with contextlib.suppress(OSError):  # a directory that cannot be written is told by what needs to write
+            moved.append(path.rename(place))
+    return moved
 
 
 def not_written(error: BaseException, path: Path, run: Path) -> UserError | None:

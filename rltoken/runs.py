@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -11,28 +14,34 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken import __version__
+from rltoken import __version__, identity
 from rltoken import resume as checkpoints
 from rltoken.errors import UserError
 
 UNNAMED = ("exp", "scale", "seed", "name", "runs_dir", "resume", "on_change", "trainer.max_hours")
 """Overrides that do not go into a default name as such: the same command goes on in the same run."""
-FREE = ("name", "runs_dir", "resume", "on_change", "trainer.max_hours", "trainer.save_total_limit", "reward.workers")
-"""Keys that may differ when a run is resumed: no number depends on them."""
-NOTES = {"config.yaml", "command.txt", "versions.json"}
+RUN_ID = "run_id.txt"
+"""What tells the run's own checkpoints from those of others, wherever its directory is moved."""
+NOTES = {"config.yaml", "command.txt", "versions.json", RUN_ID}
 """What a run writes before it loads anything."""
 TRACEBACKS = "traceback*.txt"
 """One of each rank that ended with an error."""
 TRAINED = ("metrics.jsonl", "checkpoint-*", "final", "report.json")
 """What there is only after a first step."""
+RESULTS = ("report.json", "evaluation_before.parquet")
+"""What other settings make anew; the report first, since it means that the run is finished."""
 UNTRAINED = ("evaluation_before.parquet", "completions", TRACEBACKS)
 """What a run may leave that failed before its first step."""
+LOCK_SECONDS = 10.0
+"""How long to wait for another process in the run directory: one that was killed may still be leaving."""
 LONGEST_NAME = 80
 PACKAGES = (
     "torch",
@@ -67,6 +76,49 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only run in a directory inside the context, which is made if it is not there (rank 0 only).
+
+    Raises:
+        UserError: another process trains there, or the directory cannot be made.
+    """
+    if not is_main_process() or (folder.exists() and not folder.is_dir()):
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    try:
+        _lock(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # nothing has come of it
+            folder.rmdir()
+
+
+def _lock(folder: Path, descriptor: int) -> None:
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"name: another process trains in {folder}; wait for its end, or choose another name=..."
+                ) from error
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return None
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"runs_dir: {folder} cannot be written ({error.strerror}); set runs_dir=...")
+
+
 def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
     """Make the run directory and write what a later reader needs to know of this run (rank 0 only).
 
@@ -77,6 +129,7 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"name: {folder} is a file; choose another with name=..., or another runs_dir=...")
+    changes = []
     if folder.exists() and not _failed_before_its_first_step(folder):
         if cfg.resume is None:
             raise UserError(
@@ -84,18 +137,33 @@ def open_run(folder: Path, cfg: DictConfig, command: Sequence[str]) -> None:
                 "remove it."
             )
         changes = changed_settings(folder, cfg)
-        checkpoints.accept_or_refuse(str(folder), changes, cfg.on_change)
-        if changes:
-            _keep_what_was(folder)
+        identity.accept_or_refuse(str(folder), changes, cfg.on_change)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if changes:
+            _keep_what_was(folder, *RESULTS, "config.yaml")
+        elif (folder / "report.json").exists():  # gone on with from a checkpoint that was named
+            _keep_what_was(folder, "report.json")
         if _failed_before_its_first_step(folder):
             _remove(path for pattern in UNTRAINED for path in folder.glob(pattern))
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         (folder / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        if not (folder / RUN_ID).exists():
+            (folder / RUN_ID).write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"runs_dir: {folder} cannot be written ({error.strerror}); set runs_dir=...") from error
+        raise _not_writable(folder, error) from error
+
+
+def run_id(folder: Path) -> str | None:
+    """What `open_run` noted, or None."""
+    path = folder / RUN_ID
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def record(folder: Path, cfg: DictConfig) -> dict[str, Any]:
+    """What a checkpoint of this run is to say of whom it belongs to."""
+    return {"run": run_id(folder), "settings": identity.settings(cfg), "code": identity.code(cfg)}
 
 
 def _failed_before_its_first_step(folder: Path) -> bool:
@@ -106,13 +174,15 @@ def _failed_before_its_first_step(folder: Path) -> bool:
     return failed and not any(path for pattern in TRAINED for path in folder.glob(pattern))
 
 
-def _keep_what_was(folder: Path) -> None:
-    """Put aside, under a number, the settings that a run had and what would be taken for a result of the new ones."""
-    number = sum(1 for _ in folder.glob("config.*.yaml"))
-    for name in ("config.yaml", "report.json", "evaluation_before.parquet"):
-        path = folder / name
+def _keep_what_was(folder: Path, *names: str) -> None:
+    """Put files aside under a number: what a run was, and what would be taken for a result of what it becomes."""
+    for number in itertools.count():
+        places = {folder / name: (folder / name).with_suffix(f".{number}{Path(name).suffix}") for name in names}
+        if not any(place.exists() for place in places.values()):
+            break
+    for path, place in places.items():
         if path.exists():
-            path.rename(path.with_suffix(f".{number}{path.suffix}"))
+            path.rename(place)
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -138,14 +208,15 @@ def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     changes = changed_settings(folder, cfg)
     if changes and cfg.on_change == "accept":
         return None
-    checkpoints.accept_or_refuse(str(folder), changes, cfg.on_change)
+    identity.accept_or_refuse(str(folder), changes, cfg.on_change)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def checkpoint(folder: Path, cfg: DictConfig) -> str | None:
     """The checkpoint to go on from: the run's newest whole one for `auto` (None where there is none), or the named one.
 
-    Finishes or removes what a killed save left, and prints what it skips and what stops being exact; so on rank 0 only.
+    Finishes or removes what a killed save left, puts later checkpoints aside, and prints what it skips and what stops
+    being exact; so on rank 0 only.
 
     Raises:
         UserError: the named one is not a whole checkpoint, or does not fit this run and `on_change` is 'refuse'.
@@ -154,19 +225,29 @@ def checkpoint(folder: Path, cfg: DictConfig) -> str | None:
         return None
     checkpoints.recover(folder)
     path = _newest(folder) if cfg.resume == "auto" else _named(Path(cfg.resume))
-    if path is None:
-        return None
-    changes = checkpoints.changed(
-        path, processes=int(os.environ.get("WORLD_SIZE", "1")), versions=checkpoints.versions()
-    )
-    if cfg.resume != "auto":  # of its own run directory `open_run` minds the settings
-        changes += changed_settings(path.parent, cfg)
-    checkpoints.accept_or_refuse(str(path), changes, cfg.on_change)
-    return str(path)
+    manifest = None
+    if path is not None and (path / checkpoints.MANIFEST).exists():
+        manifest = checkpoints.read_manifest(path)
+        identity.accept_or_refuse(str(path), identity.changed(manifest, _now(cfg)), cfg.on_change)
+    if path is None or manifest:
+        for aside in checkpoints.put_aside(folder, after=manifest["step"] if manifest else -1):
+            print(f"resume: put aside as {aside}")
+    return None if path is None else str(path)
+
+
+def _now(cfg: DictConfig) -> dict[str, Any]:
+    """What is known before anything is loaded of what a checkpoint must fit."""
+    now = {
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": identity.versions(),
+        "code": identity.code(cfg),
+    }
+    # For its own run directory `open_run` minds them.
+    return now if cfg.resume == "auto" else now | {"settings": identity.settings(cfg)}
 
 
 def _newest(folder: Path) -> Path | None:
-    path, skipped = checkpoints.newest_whole(folder)
+    path, skipped = checkpoints.newest_whole(folder, run_id(folder))
     for broken, reason in skipped:
         print(f"resume: skipped {broken}: {reason}")
     if skipped:
@@ -214,20 +295,5 @@ def _git(*arguments: str) -> str:
 def changed_settings(folder: Path, cfg: DictConfig) -> list[str]:
     """Which settings differ from those that a run directory was made with, in words; none where it has no record."""
     path = folder / "config.yaml"
-    if not path.exists():
-        return []
-    old, new = flat(OmegaConf.load(path)), flat(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-    return [
-        f"{key} was {old.get(key)} and is {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in FREE
-    ]
-
-
-def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of a configuration under its dotted key."""
-    container = OmegaConf.to_container(cfg) if not isinstance(cfg, dict) else cfg
-    found: dict[str, Any] = {}
-    for key, value in container.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+    old = identity.settings(OmegaConf.load(path)) if path.exists() else None
+    return [] if old is None else identity.changed_settings(old, identity.settings(cfg))

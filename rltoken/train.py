@@ -105,7 +105,6 @@ def run(cfg: DictConfig, folder: Path) -> None:
         Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
     from rltoken import report
-    from rltoken.callbacks import ProgressLine, StopWhenAsked
 
     if cfg.resume == "auto" and (done := runs.finished(folder, cfg)):
         if runs.is_main_process():
@@ -114,8 +113,25 @@ def run(cfg: DictConfig, folder: Path) -> None:
             print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
-    checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
-    runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
+    with runs.alone(folder):
+        checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
+        runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
+        train(cfg, folder, pipeline, args, lora, checkpoint)
+
+
+def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, checkpoint: str | None) -> None:
+    """Evaluate, train, evaluate and report in an open run directory.
+
+    Args:
+        pipeline, args, lora: from `checked`.
+        checkpoint: where to go on from; rank 0 decides.
+
+    Raises:
+        UserError: whatever the user can mend.
+        Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
+    """
+    from rltoken.callbacks import ProgressLine, StopWhenAsked
+
     with (
         disk_errors_told(folder),
         _traceback_kept(folder),
@@ -204,6 +220,7 @@ def assemble(
         normaliser=cfg.rollout.normaliser,
         classes=classes,
         on_change=cfg.on_change,
+        record=runs.record(folder, cfg),
     )
     drop_printing_callbacks(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)

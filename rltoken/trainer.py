@@ -49,6 +49,7 @@ class TokenGRPOTrainer(SeamTrainer):
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
+        record: what else checkpoints are to say of whom they belong to (`rltoken.identity.changed`).
 
     Raises:
         UserError: a combination that makes no sense, before anything is sampled.
@@ -64,11 +65,12 @@ class TokenGRPOTrainer(SeamTrainer):
         normaliser: str = "thinking",
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
+        record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
-        self.classes, self.on_change = classes, on_change
+        self.classes, self.on_change, self.record = classes, on_change, record or {}
         self._rng: torch.Generator | None = None
         self._windows = 0
         self._thinking_ends: tuple[int, ...] = ()
@@ -547,7 +549,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def restore_state(self, state: dict[str, Any], *, ranks: int) -> None:
         """Restore what `checkpoint_state` gave on one of `ranks` ranks."""
-        self.pipeline.load_state_dict(state["stages"])
+        self.pipeline.load_state_dict(state["stages"], on_change=self.on_change)
         self.sampler.stream.cursor = -(-state["cursor"] * ranks // self.accelerator.num_processes)
         self.epsilon_low, self.epsilon_high = state["clip"]
         self._windows = state["windows"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rltoken import resume
+from rltoken import identity, resume
 from rltoken.errors import UserError, first_line
 
 # With several processes on CPUs transformers loads the optimizer to "cpu:0", a place that torch does not know.
@@ -33,6 +35,8 @@ torch.serialization.register_package(
 
 REFERENCE = "rltoken_reference.pt"
 """The file of a reference model that follows the policy (trainer.sync_ref_model)."""
+FROZEN_SAMPLE = 1000
+"""About so many numbers of each frozen weight tell it from another: reading all would take seconds at every start."""
 TABLES = ("prompt", "completion", "advantages")
 """Columns of TRL's table of completions; reward functions' own stand below `rewards` and `extra`."""
 
@@ -53,6 +57,8 @@ class SavingTrainer(GRPOTrainer):
 
     on_change = "refuse"
     """'refuse' or 'accept' a checkpoint of other data or of another number of processes."""
+    record: Mapping[str, Any] = {}
+    """What else a checkpoint says of whom it belongs to (`rltoken.identity.changed`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._order: Any = None
@@ -101,17 +107,16 @@ class SavingTrainer(GRPOTrainer):
         with self._all_or_none(final):
             if self.args.should_save:
                 self.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+                facts = {"versions": identity.versions(), "weights_only": self.args.save_only_model}
                 resume.write_manifest(
                     scratch,
                     step=self.state.global_step,
                     processes=self.accelerator.num_processes,
-                    data=self._data_digest,
-                    weights_only=self.args.save_only_model,
+                    **facts | self._belongings | self.record,
                 )
                 resume.publish(scratch, final)
-                rotate_checkpoints(
-                    str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-                )
+                best = self.state.best_model_checkpoint
+                resume.rotate(run, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
@@ -148,13 +153,13 @@ class SavingTrainer(GRPOTrainer):
 
     @contextlib.contextmanager
     def _saving_in(self, folder: Path) -> Iterator[None]:
-        """Let transformers take a folder for the run directory, and know of no best step: it would wait for others."""
-        best = self.state.best_global_step
-        self._scratch, self.state.best_global_step = folder, None
+        """Let transformers take a folder for the run directory, know of no best step to wait for, remove nothing."""
+        best, limit = self.state.best_global_step, self.args.save_total_limit
+        self._scratch, self.state.best_global_step, self.args.save_total_limit = folder, None, None
         try:
             yield
         finally:
-            self._scratch, self.state.best_global_step = None, best
+            self._scratch, self.state.best_global_step, self.args.save_total_limit = None, best, limit
 
     def _note_best(self, final: Path) -> None:
         """Note the folder of the best step, if that was saved, as transformers does before it saves the state."""
@@ -207,12 +212,16 @@ class SavingTrainer(GRPOTrainer):
 
     def _load_what_is_left_out(self, folder: Path) -> None:
         self._skip_finished_epochs(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch)
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.exists():  # the run directory may have been moved
+            self.state.best_model_checkpoint = str(best)
         if not (folder / resume.MANIFEST).exists():  # a checkpoint of plain TRL
             return
-        ranks, now = resume.read_manifest(folder)["processes"], {"data": self._data_digest}
+        manifest, now = resume.read_manifest(folder), dict(self._belongings)
         if self.on_change == "refuse":  # else it was told when the checkpoint was chosen
             now["processes"] = self.accelerator.num_processes
-        resume.accept_or_refuse(str(folder), resume.changed(folder, **now), self.on_change)
+        identity.accept_or_refuse(str(folder), identity.changed(manifest, now), self.on_change)
+        ranks = manifest["processes"]
         same = ranks == self.accelerator.num_processes
         state = self._load(folder / (self._state_file if same else "rltoken_0.pt"))
         if same:
@@ -250,8 +259,26 @@ class SavingTrainer(GRPOTrainer):
         return f"rltoken_{self.accelerator.process_index}.pt"
 
     @functools.cached_property
-    def _data_digest(self) -> str | None:
-        return resume.digest_of_rows(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+    def _belongings(self) -> dict[str, str | None]:
+        """Digests of what a checkpoint does not hold: the data, and weights that are not trained."""
+        data = {"data": self.train_dataset, "eval_data": self.eval_dataset}
+        digests = {
+            name: identity.digest_of_rows(rows) if isinstance(rows, Dataset) else None for name, rows in data.items()
+        }
+        return digests | {"frozen": self._frozen_digest()}
+
+    def _frozen_digest(self) -> str | None:
+        """What identifies an adapter's base and a reference that does not follow; None where they lie in shards."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return None
+        frozen = [value for value in self.model.parameters() if not value.requires_grad]
+        if self.ref_model is not None and not self.args.sync_ref_model:
+            frozen += self.accelerator.unwrap_model(self.ref_model).parameters()
+        digest = hashlib.sha256()
+        for value in frozen:
+            some = value.detach().flatten()[:: max(1, value.numel() // FROZEN_SAMPLE)]
+            digest.update(some.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,61 @@ def test_resume_auto(cli):
     assert steps == sorted(steps) and steps.count(1) == 1, "a resumed run logs no step twice"
     again = torch.load(folder / "checkpoint-2/rltoken_0.pt", weights_only=True)
     assert torch.equal(whole["window"][0]["completion_ids"], again["window"][0]["completion_ids"])
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(cli):
+    quick = ("eval.before=false", "eval.after=false", "resume=auto")
+    runs = cli("name=mine", *quick).runs
+    assert cli("name=other", *quick, "trainer.max_steps=4", "seed=1").status == 0
+    shutil.copytree(runs / "other/checkpoint-4", runs / "mine/checkpoint-4")
+    (runs / "mine/report.json").unlink()
+    found = cli("name=mine", *quick)
+    assert found.status == 0 and "skipped runs/mine/checkpoint-4: it belongs to another run" in found.out
+    assert (runs / "mine/aside-checkpoint-4").exists()
+    assert [json.loads(line)["step"] for line in (runs / "mine/metrics.jsonl").open()] == [1, 2]
+
+
+def test_a_run_that_goes_back_is_not_finished_any_more(cli, monkeypatch):
+    quick = ("name=mine", "eval.before=false", "eval.after=false")
+    folder = cli(*quick).runs / "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr("rltoken.train.finish", lambda *_: None)  # as if it was killed just before
+        assert cli(*quick, "resume=runs/mine/checkpoint-1").status == 0
+    assert not (folder / "report.json").exists() and (folder / "report.0.json").exists()
+    assert (folder / "aside-checkpoint-2").exists() and (folder / "checkpoint-2").exists()
+    again = cli(*quick, "resume=auto")
+    assert again.status == 0 and "is finished" not in again.out and (folder / "report.json").exists()
+
+
+def test_a_stage_with_a_state_can_be_added_and_left_out_on_demand(cli):
+    quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
+    folder = cli(*quick).runs / "mine"
+    added = cli(*quick, "+shape=hapo_history", "trainer.max_steps=3", "on_change=accept")
+    assert added.status == 0, added.err
+    left_out = cli(*quick, "trainer.max_steps=4", "on_change=accept")
+    assert left_out.status == 0, left_out.err
+    assert json.loads((folder / "report.json").read_text())["steps"] == 4 and (folder / "config.1.yaml").exists()
+
+
+def test_a_second_process_in_a_run_directory_is_refused(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.5)
+    with runs.alone(tmp_path / "runs/mine"):
+        found = cli("name=mine", "resume=auto")
+    assert found.status == 2 and "error: name: another process trains in runs/mine; wait for its end" in found.err
+    assert not (tmp_path / "runs/mine").exists(), "nothing came of it"
+
+
+def test_a_changed_reward_file_is_refused(cli, tmp_path, monkeypatch):
+    (tmp_path / "mine_rewards.py").write_text("def zero(completions, **_):\n    return [0.0] * len(completions)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
+    quick += ("+reward.funcs.zero={_target_: mine_rewards.zero, _partial_: true}",)
+    folder = cli(*quick).runs / "mine"
+    (folder / "report.json").unlink()
+    (tmp_path / "mine_rewards.py").write_text("def zero(completions, **_):\n    return [1.0] * len(completions)\n")
+    found = cli(*quick)
+    assert found.status == 2 and "does not fit: mine_rewards.py is not as it was" in found.err
+    assert cli(*quick, "on_change=accept").status == 0
 
 
 def test_a_resumed_run_keeps_its_evaluation_before_training(cli, monkeypatch):

@@ -10,7 +10,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from rltoken import resume, runs
+from rltoken import identity, resume, runs
 from rltoken.errors import UserError
 
 CONTENTS = {"model.safetensors": 5000, "optimizer.pt": 9000, "trainer_state.json": 300, "sub/adapter.bin": 70}
@@ -24,7 +24,7 @@ def written(folder, step=None, processes=1, manifest=True, **facts):
         path.write_bytes(random.Random(name).randbytes(size))
     if manifest:
         step = int(folder.name.rpartition("-")[2]) if step is None else step
-        resume.write_manifest(folder, step=step, processes=processes, **{"data": None} | facts)
+        resume.write_manifest(folder, step=step, processes=processes, **facts)
     return folder
 
 
@@ -79,7 +79,6 @@ def test_a_copy_elsewhere_is_whole_and_added_files_do_no_harm(tmp_path):
 def test_the_manifest_says_what_a_reader_needs(tmp_path):
     manifest = resume.read_manifest(written(tmp_path / "checkpoint-3", processes=2))
     assert (manifest["step"], manifest["processes"]) == (3, 2)
-    assert manifest["versions"].keys() == {"rltoken", "torch", "transformers", "trl"}
     assert manifest["files"].keys() == CONTENTS.keys()
 
 
@@ -174,7 +173,8 @@ def test_auto_prints_what_it_skips(tmp_path, capsys):
     assert chosen(tmp_path, "auto") == str(tmp_path / "checkpoint-2") and capsys.readouterr().out == ""
     flip(tmp_path / "checkpoint-2/optimizer.pt", 5)
     assert chosen(tmp_path, "auto") == str(tmp_path / "checkpoint-1")
-    skipped, going_on = capsys.readouterr().out.splitlines()
+    skipped, going_on, aside = capsys.readouterr().out.splitlines()
+    assert aside == f"resume: put aside as {tmp_path / 'aside-checkpoint-2'}"
     assert "skipped" in skipped and "checkpoint-2: optimizer.pt is damaged" in skipped and "checkpoint-1" in going_on
     (tmp_path / "checkpoint-1" / resume.MANIFEST).unlink()
     assert chosen(tmp_path, "auto") is None
@@ -204,9 +204,8 @@ def test_another_number_of_processes_is_refused_before_anything_is_loaded(tmp_pa
 
 
 def test_other_versions_are_refused_or_accepted_with_a_word(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(resume, "versions", lambda: {"torch": "2.0", "trl": "1.16"})
-    folder = written(tmp_path / "checkpoint-2")
-    monkeypatch.setattr(resume, "versions", lambda: {"torch": "2.1", "trl": "1.16"})
+    folder = written(tmp_path / "checkpoint-2", versions={"torch": "2.0", "trl": "1.16"})
+    monkeypatch.setattr(identity, "versions", lambda: {"torch": "2.1", "trl": "1.16"})
     with pytest.raises(UserError, match=r"it was written by torch 2\.0 and this is 2\.1; .*set on_change=accept"):
         chosen(tmp_path, "auto")
     assert chosen(tmp_path, "auto", "accept") == str(folder)
@@ -214,28 +213,54 @@ def test_other_versions_are_refused_or_accepted_with_a_word(tmp_path, monkeypatc
     assert "torch 2.0" in line and "from here on the numbers are not those of a run in one piece" in line
 
 
-def test_what_has_changed_is_named(tmp_path):
-    folder = written(tmp_path / "checkpoint-2", data="a", weights_only=True)
-    assert resume.changed(folder, data="b", processes=2) == [
-        "it has no state of the optimizer (trainer.save_only_model)",
-        "it was written by 1 processes and there are 2",
-        "the training data are others than then",
-    ]
-    assert len(resume.changed(folder, data="a", processes=1)) == 1
-    assert resume.changed(written(tmp_path / "stock", manifest=False), data="b") == []
+def test_a_checkpoint_of_another_run_is_skipped_and_put_aside(tmp_path, capsys):
+    (tmp_path / runs.RUN_ID).write_text("mine\n")
+    for step, run in ((2, "mine"), (3, None), (5, "other")):
+        written(tmp_path / f"checkpoint-{step}", run=run)
+    assert chosen(tmp_path, "auto") == str(tmp_path / "checkpoint-3"), "one that says nothing is not told apart"
+    out = capsys.readouterr().out
+    assert "checkpoint-5: it belongs to another run" in out and f"put aside as {tmp_path / 'aside-checkpoint-5'}" in out
+    assert resume.verify(tmp_path / "aside-checkpoint-5") is None and not (tmp_path / "checkpoint-5").exists()
+    written(tmp_path / "checkpoint-5", run="other")
+    chosen(tmp_path, "auto")
+    assert (tmp_path / "aside-checkpoint-5.0").exists(), "nothing is overwritten"
 
 
-def test_many_changes_are_not_all_named():
-    with pytest.raises(UserError, match="x does not fit: 0; 1; 2; 3; 4; and 2 more; go back"):
-        resume.accept_or_refuse("x", list("0123456"), "refuse")
-    resume.accept_or_refuse("x", [], "refuse")
+def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(tmp_path):
+    for step in (2, 4, 6):
+        written(tmp_path / f"checkpoint-{step}")
+    assert chosen(tmp_path, str(tmp_path / "checkpoint-2")) == str(tmp_path / "checkpoint-2")
+    assert resume.newest_whole(tmp_path) == (tmp_path / "checkpoint-2", [])
+    assert sorted(path.name for path in tmp_path.glob("aside-*")) == ["aside-checkpoint-4", "aside-checkpoint-6"]
 
 
-def test_the_digest_of_rows_sees_order_and_values():
-    rows = [{"prompt": [{"role": "user", "content": "a"}], "answer": ["1"]}, {"prompt": "b", "answer": ["2"]}]
-    known = resume.digest_of_rows(rows)
-    assert known == resume.digest_of_rows([dict(reversed(row.items())) for row in rows])
-    assert known not in (resume.digest_of_rows(rows[::-1]), resume.digest_of_rows(rows[:1]))
+def test_the_settings_of_a_lone_checkpoint_are_compared(tmp_path):
+    folder = written(tmp_path / "backup/checkpoint-2", settings={"seed": 0, "trainer.beta": 0.0})
+    cfg = {"resume": str(folder), "on_change": "refuse", "seed": 5, "trainer": {"beta": 0.0}}
+    with pytest.raises(UserError, match=r"checkpoint-2 does not fit: seed was 0 and is 5; go back"):
+        runs.checkpoint(tmp_path / "new", OmegaConf.create(cfg))
+    assert runs.checkpoint(tmp_path / "new", OmegaConf.create(cfg | {"seed": 0})) == str(folder)
+
+
+def test_checkpoints_are_removed_by_step_whatever_their_dates(tmp_path):
+    for step in (2, 4, 10, 12):
+        written(tmp_path / f"checkpoint-{step}")
+    for step in (2, 4):  # as where another machine's clock is ahead
+        os.utime(tmp_path / f"checkpoint-{step}", (2e9, 2e9))
+
+    def left():
+        return sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.iterdir())
+
+    resume.rotate(tmp_path, None, [])
+    assert left() == [2, 4, 10, 12]
+    resume.rotate(tmp_path, 3, [tmp_path / "checkpoint-12"])
+    assert left() == [4, 10, 12]
+    resume.rotate(tmp_path, 2, [tmp_path / "checkpoint-12", tmp_path / "checkpoint-4"])
+    assert left() == [4, 12]
+    resume.rotate(tmp_path, 1, [tmp_path / "checkpoint-12", tmp_path / "checkpoint-4"])
+    assert left() == [4, 12], "the newest and the best stay"
+    resume.rotate(tmp_path, 1, [tmp_path / "checkpoint-12"])
+    assert left() == [12]
 
 
 def test_without_file_descriptors_nothing_is_skipped(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rltoken import identity
 from rltoken.errors import UserError
 from rltoken.resume import MANIFEST, SCRATCH, newest_whole, read_manifest, recover, verify
 from tests.cli.conftest import TINY
@@ -125,6 +126,8 @@ def test_a_checkpoint_is_whole_and_loads_with_transformers(run, tmp_path, lora):
     assert verify(folder) is None
     files = read_manifest(folder)["files"]
     assert files.keys() | {MANIFEST} == {path.name for path in folder.iterdir()}
+    told = read_manifest(folder)
+    assert told["versions"] == identity.versions() and told["data"] and told["frozen"] and told["weights_only"] is False
     assert {"optimizer.pt", "rng_state.pth", "rltoken_0.pt", "trainer_state.json"} <= files.keys()
     if lora:
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
@@ -148,6 +151,45 @@ def test_the_best_checkpoint_is_kept_and_known(run, tiny, tmp_path, monkeypatch)
         assert verify(tmp_path / f"run/checkpoint-{step}") is None
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-1").state_dict()
     assert all(torch.equal(value, result.weights[name]) for name, value in found.items()), "the best was loaded"
+
+
+def test_the_best_is_found_again_where_the_run_was_moved(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rltoken.trainer.TokenGRPOTrainer.evaluate",
+        lambda self, *args, **kwargs: {"eval_score": -float(self.state.global_step)},
+    )
+    settings = {"eval_dataset": tiny[2].select(range(4)), "eval_strategy": "steps", "eval_steps": 1, **SAVED}
+    settings |= {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+    whole = run({}, output_dir=tmp_path / "run", **settings)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    again = run({}, output_dir=tmp_path / "moved", resume=str(tmp_path / "moved/checkpoint-3"), **settings)
+    assert again.trainer.state.best_model_checkpoint == str(tmp_path / "moved/checkpoint-1")
+    assert whole.distance(again) == 0.0, "the best was loaded"
+
+
+def test_another_base_of_an_adapter_is_refused(run, tiny, tmp_path, monkeypatch):
+    run({}, output_dir=tmp_path / "run", lora=True, **SAVED)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def other(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", other)
+    resumed = {"output_dir": tmp_path / "run", "resume": str(tmp_path / "run/checkpoint-1"), "lora": True, **SAVED}
+    with pytest.raises(UserError, match=r"checkpoint-1 does not fit: the weights that are not trained .* others"):
+        run({}, **resumed)
+    assert run({}, **resumed, on_change="accept").trainer.state.global_step == 3
+
+
+def test_the_newest_stays_where_older_ones_have_later_dates(run, tmp_path):
+    run({}, output_dir=tmp_path / "run", **SAVED | {"max_steps": 2})
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        os.utime(path, (2e9, 2e9))
+    resumed = {"resume": str(tmp_path / "run/checkpoint-2"), "save_total_limit": 1}
+    run({}, output_dir=tmp_path / "run", **SAVED, **resumed)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
 
 
 def test_a_checkpoint_of_plain_trl_is_accepted_by_its_path(run, tmp_path, caplog):

@@ -307,7 +307,7 @@ def test_drawn_prompts_pass_the_prompt_stages(run):
 def test_a_checkpoint_of_another_number_of_processes_is_refused(run, tmp_path):
     run({}, output_dir=tmp_path / "one", save_strategy="steps", save_steps=2)
     folder = tmp_path / "one/checkpoint-2"
-    resume.write_manifest(folder, step=2, processes=2, data=None)
+    resume.write_manifest(folder, step=2, processes=2)
     with pytest.raises(UserError, match=r"resume: .*written by 2 processes and there are 1"):
         run({}, output_dir=tmp_path / "two", resume=str(folder))
     accepted = run({}, output_dir=tmp_path / "two", resume=str(folder), on_change="accept")
