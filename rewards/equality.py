@@ -23,15 +23,17 @@ from sympy.core.relational import Relational
 from rltoken.rewards import notation
 from rltoken.rewards.extraction import MAX_CHARS
 from rltoken.rewards.limits import hard
-from rltoken.rewards.units import Unit, unit
+from rltoken.rewards.units import Unit, in_one_unit, unit
 
 _TARGETS = (
     LatexExtractionConfig(normalization_config=replace(LatexExtractionConfig().normalization_config, units=False)),
 )
 _COMMAND = re.compile(r"\\(?:text\w*|mbox|math(?:rm|bf|it|sf)|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_SPACING = re.compile(r"\s|\\(?:left|right)(?![A-Za-z])|\\[,!;: ]")
+_SPACING = re.compile(r"(?:\s|\\(?:left|right)(?![A-Za-z])|\\[,!;: ])+")
+_NEEDLESS_SPACE = re.compile(r"(?<!\d) | (?!\d)")
 _TUPLE = re.compile(r"(?:\\left)?\([^()]*\)")
-_SET = re.compile(r"(?:\\left)?\\\{[^()]*\\\}")
+_SET = re.compile(r"(?:\\left)?\\\{(?!.*\\(?:mid|[lg]eq?)(?![A-Za-z]))[^()<>:|]*\\\}")
+"""A set whose elements are listed."""
 _OTHER_RELATION = re.compile(r"[<>]|!=|\b(?:or|and)\b|\\(?:[lg]e|ne|[lg]eq|neq|equiv|in|approx|begin)(?![A-Za-z])")
 _WORDS = re.compile(r"(?!(?:and|sqrt|sin|cos|tan|log|exp)\b)[A-Za-z]{3,}")
 
@@ -88,6 +90,7 @@ def equal(prediction: str, gold: str, rules: Rules = DEFAULT) -> bool:
     decided = _without_algebra(prediction, gold)
     if decided is not None:
         return decided
+    prediction, gold = in_one_unit(prediction), in_one_unit(gold)
     sides = _sides(prediction, gold) if rules.strict else [prediction]
     return all(_equal_values(side, gold, rules) for side in sides)
 
@@ -116,13 +119,18 @@ def _is_prose(text: str) -> bool:
 
 
 def _same_text(prediction: str, gold: str) -> bool:
-    return _SPACING.sub("", prediction) == _SPACING.sub("", gold)
+    return _packed(prediction) == _packed(gold)
+
+
+def _packed(text: str) -> str:
+    """A text without spaces, but one between two digits: `2 3` is not `23`."""
+    return _NEEDLESS_SPACE.sub("", _SPACING.sub(" ", text).strip())
 
 
 def _sides(prediction: str, gold: str) -> list[str]:
     """Each side of an equation that has to equal a gold answer which is none; else the prediction as it stands."""
     one_equation = "=" in prediction and not _OTHER_RELATION.search(prediction) and "," not in prediction
-    return notation.sides(prediction) if one_equation and "=" not in gold else [prediction]
+    return notation.sides(prediction) if one_equation and len(notation.all_sides(gold)) == 1 else [prediction]
 
 
 def _without_algebra(prediction: str, gold: str) -> bool | None:
@@ -131,6 +139,8 @@ def _without_algebra(prediction: str, gold: str) -> bool | None:
     if here != there or (moduli and gold_moduli and moduli != gold_moduli):
         return False
     if (letter := notation.only_option(gold)) and (chosen := notation.option(prediction)):
+        return chosen == letter
+    if (letter := notation.only_option(prediction)) and (chosen := notation.option(gold)):
         return chosen == letter
     letters = notation.options(prediction), notation.options(gold)
     if None not in letters:
@@ -161,9 +171,10 @@ def _equal_values(prediction: str, gold: str, rules: Rules) -> bool:
         _SET.fullmatch(gold) and _TUPLE.fullmatch(prediction)
     ):
         return False
+    in_radians = notation.in_radians(prediction) or notation.in_radians(gold)
     for without, one, bare in (
         (notation.without_percent, sympy.Rational(1, 100), _same_percentage if rules.bare_percent else None),
-        (notation.without_degrees, sympy.pi / 180, _same_degrees),
+        (notation.without_degrees, sympy.pi / 180, None if in_radians else _same_degrees),
     ):
         plain, plain_gold = without(prediction), without(gold)
         marked, gold_marked = plain != prediction, plain_gold != gold

@@ -6,7 +6,8 @@
 Why not `concurrent.futures`: nothing stops an item there, one crash breaks the whole executor, and its processes import
 the main module of the trainer. Here each worker is a bare interpreter that imports what the function needs. A thread of
 this process owns it, hands it items, kills it at the bound, and puts another one in its place while the other workers
-go on. The kernel kills a worker when its thread ends, so that none outlives this process, however that ends.
+go on; that one starts at half the bound, so that its imports are done by then. The kernel kills a worker when its
+thread ends, so that none outlives this process, however that ends.
 
 Linux only: elsewhere set `workers` to 0. Processes that the function itself starts are not bounded and not killed.
 """
@@ -253,7 +254,8 @@ class Pool:
                 function = self._wanted()
             elif not self._grade(process, chunk):
                 process = self._end(process)
-        self._end(process)
+        while process is not None:
+            process = self._end(process)
 
     def _start(self) -> _Process:
         process = _Process(self.memory_mb)
@@ -263,11 +265,23 @@ class Pool:
                 process.kill()
         return process
 
-    def _end(self, process: _Process | None) -> None:
-        if process is not None:
-            with self._changed:
-                self._processes.discard(process)
-            process.end()
+    def _end(self, process: _Process | None) -> _Process | None:
+        """End a worker; its successor, if it has one."""
+        if process is None:
+            return None
+        with self._changed:
+            self._processes.discard(process)
+        process.end()
+        return process.successor
+
+    def _provide(self, process: _Process) -> None:
+        """Start the successor of a worker that may have to be killed, so that its imports are done by then."""
+        if process.successor is not None:
+            return
+        # A start that fails now is blamed on nobody: what needs the worker will try again.
+        with contextlib.suppress(EOFError, OSError):
+            process.successor = self._start()
+            process.successor.prepare(process.function)
 
     def _wanted(self) -> bytes | None:
         """The pickled function of what waits longest, once there is something; None when the pool is closed."""
@@ -312,9 +326,13 @@ class Pool:
     def _result(self, process: _Process) -> tuple[Result, bool]:
         """The result of the item that a worker is at, and whether the worker lives."""
         try:
-            good, payload = process.reply(self.seconds)
-        except TimeoutError as error:
-            return Result(failure="timed_out", detail=str(error)), False
+            try:
+                good, payload = process.reply(self.seconds / 2)
+            except TimeoutError:
+                self._provide(process)
+                good, payload = process.reply(self.seconds / 2)
+        except TimeoutError:
+            return Result(failure="timed_out", detail=f"no result within {self.seconds:g} s"), False
         except EOFError as error:
             return Result(failure="crashed", detail=str(error)), False
         process.items += 1
@@ -437,17 +455,29 @@ class _Process:
         os.set_blocking(self._out, False)
         self._memory_mb = memory_mb
         self._to_write, self._read = bytearray(pickle.dumps(sys.path)), bytearray()
-        self._function: bytes | None = None
+        self.function: bytes | None = None
+        self.successor: _Process | None = None
+        self._prepared: bytes | None = None
         self.items = self.memory = 0
 
     def load(self, function: bytes) -> tuple[bool, bytes]:
         """Have the worker import a pickled function; as `reply`."""
-        if function == self._function:
+        if function == self.function:
             return True, b""
-        self.post("function", function)
+        if self._prepared not in (None, function):
+            self.reply(START_SECONDS)
+        if self._prepared != function:
+            self.post("function", function)
+        self._prepared = None
         good, payload = self.reply(START_SECONDS)
-        self._function = function if good else None
+        self.function = function if good else None
         return good, payload
+
+    def prepare(self, function: bytes) -> None:
+        """Have the worker begin to import a function, without waiting for it."""
+        self.post("function", function)
+        self._prepared = function
+        self._exchange(0.0)
 
     def post(self, kind: str, data: bytes) -> None:
         """Queue a request, which the next `reply` sends."""

@@ -21,6 +21,7 @@ MAX_FACTORIAL = 100_000
 MAX_NESTING = 16
 
 _SPACING = re.compile(r"\s+|\\(?:left|right|,|!|;|:)")
+_SCIENTIFIC = re.compile(r"(?<=\d)[eE][+-]?(\d+)")
 _FACTORIAL = re.compile(r"(\d+)((?:[)\]}]*!)+)(?!=)")
 _BINOMIAL = re.compile(r"\\[dt]?binom\{?(\d+)|(\d+)\}?\\choose")
 _TOWER = re.compile(r"\d+(?:\^[({]*\d+)*")
@@ -30,7 +31,7 @@ def hard(expression: str) -> bool:
     """Whether an expression is refused: too long, too deep, or with a power or a factorial of too many digits."""
     if len(expression) > MAX_CHARS or _nesting(expression) > MAX_NESTING:
         return True
-    text = _SPACING.sub("", expression).replace("**", "^")
+    text = _SCIENTIFIC.sub(r"\\cdot10^{\1}", _SPACING.sub("", expression).replace("**", "^"))
     if any(int(top or other) > MAX_FACTORIAL for top, other in _BINOMIAL.findall(text)):
         return True
     if any(_factorial(int(number), signs.count("!")) == inf for number, signs in _FACTORIAL.findall(text)):

@@ -7,31 +7,52 @@ Most of what stands here is for a notation that math-verify 0.9 misreads, at tim
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
+from rltoken.rewards.words import FACTORS, NO_UNIT, SIGN, in_digits
+
+_ZEROS = (0x0660, 0x06F0, 0x0966, 0xFF10)
+"""Zero in Arabic, Persian, Devanagari and full width; the other digits follow it."""
 _SIGNS = str.maketrans(
     {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": r"\times ", "·": r"\cdot ", "÷": r"\div "}
     | {"°": r"^\circ ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm "}
     | {"√": r"\sqrt ", "\N{UNION}": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⟨": "(", "⟩": ")"}
-    | {"€": r"\$", "£": r"\$", "¥": r"\$"}
-    | {"²": "^2", "³": "^3", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23"}
+    | {
+        sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\N{FRACTION SLASH}"))
+        for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    }
+    | {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)}
     | dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
 )
-"""Signs -> LaTeX; marks of no width and of direction -> nothing."""
+"""Signs -> LaTeX; digits -> ASCII; marks of no width and of direction -> nothing."""
+_RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_CURRENCIES = {"€": "euros", "£": "pounds", "¥": "yen"}
 
-_COLOURED = (
+_TEXT_COMMAND = r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
+_DECORATIONS = (
     (re.compile(r"\{\s*\\color\s*\{[^{}]*\}([^{}]*)\}"), r"\1"),
     (re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
+    (re.compile(r"\\(?:display|text|script|scriptscript)style(?![A-Za-z])\s*"), ""),
 )
+_DEGREES_OF = rf"\s*(?:\^?\s*\{{?\s*\\circ\s*\}}?|(?:{_TEXT_COMMAND}\{{\s*)?\bdegrees?\b)\s*(?:{_TEXT_COMMAND}\{{\s*)?"
+_PLAINER = (
+    (re.compile(_DEGREES_OF + r"(?:C|[Cc]elsius)(?![A-Za-z])\s*\}?"), r"\\text{ celsius}"),
+    (re.compile(_DEGREES_OF + r"(?:F|[Ff]ahrenheit)(?![A-Za-z])\s*\}?"), r"\\text{ fahrenheit}"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+)
+"""What may be written in several ways that must not look different."""
 _CASES = re.compile(
     r"(?:\\left\s*\\\{\s*)?\\begin\s*\{cases\}((?:(?!\\begin).)*?)\\end\s*\{cases\}(?:\s*\\right\s*\.?)?"
 )
 _ALIGNED_EQUATION = re.compile(r"([^&=]+?)\s*&?\s*=\s*&?\s*([^&=]+)")
 _INFINITY = re.compile(r"(?<![\\A-Za-z{])infinity\b")
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
-_TEXT_COMMAND = r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|mathsf|operatorname)\s*"
 _TEXT = re.compile(_TEXT_COMMAND + r"\{([^{}]*)\}")
+_SIGN_WORD = re.compile(
+    rf"^(?:{_TEXT_COMMAND}\{{\s*{SIGN}\s*\}}|{SIGN})\s*(?=[\d.(\\]|[A-Za-z](?![A-Za-z]))", re.IGNORECASE
+)
 _PHRASE = re.compile(r"[^\W\d_]+(?:[\s'.-]+[^\W\d_]+)*")
 _LONG_WORD = re.compile(r"[^\W\d_]{4}")
 _OPTION = re.compile(
@@ -41,6 +62,7 @@ _OPTION = re.compile(
 SECOND_THOUGHT = re.compile(r"\b(?:or|and|nor|not|no|but|wrong|rather)\b|\([A-Ja-j]\)|\b[A-J](?=[.):,]|\s*$)", re.I)
 """What makes an option letter one of several, or none."""
 _ONLY_OPTION = re.compile(r"\(?([A-J])\)?[.:]?", re.I)
+_TRANSPOSED = re.compile(r"[A-Z]\s*\^\s*\{?\s*(?:T|\\(?:top|intercal)(?![A-Za-z]))")
 _OPTIONS = re.compile(r"\(?[A-J]\)?(?:(?:,| and |, and )\s*\(?[A-J]\)?)+")
 _NAME = re.compile(
     r"(?=.*[A-Za-z])(?!.*(?:\\|\b)(?:sqrt|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|lg|log|exp)(?![A-Za-z]))"
@@ -63,29 +85,20 @@ _PERCENT = re.compile(
 )
 _DEGREE = re.compile(r"\s*\^?\s*\{?\s*\\circ\s*\}?|\s*(?:\\text\w*\s*\{\s*)?\bdegrees?\b(?:\s*\})?")
 
+_RADIANS = re.compile(r"\b(?:radians?|rad)\b")
 _SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", re.ASCII)
 _MIXED = re.compile(r"(-?\d+)\s+(\d+)/(\d+)", re.ASCII)
 _COMMAS = re.compile(r"(?<![\d.])\d[\d.]*(?:,-?\d[\d.]*)+")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII)
 # Each word ends where its letters end and has one separator before it, so that there is one way only to split a text.
-_NO_UNIT = (
-    r"(?:and|or|nor|not|no|but|plus|minus|times|over|if|mod|to|than|less|more|between|choose|wrong|rather|hundreds?|"
-    r"thousands?|[mb]illions?|trillions?|dozens?|squared|cubed|factorial|half|halves|thirds?|quarters?|fourths?|fifths?)"
-)
-"""Words that change what stands before them, or offer something else."""
-_ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_SPELLED = dict(zip(_ONES + _TEENS, range(20), strict=True)) | dict(zip(_TENS, range(20, 100, 10), strict=True))
-_LONGEST_SPELLED = 40
 _MEASURE = (
     r"(?:(?:(?:square|cubic|sq|cu)\s+)?"
-    rf"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc][lL]|sec|min|hrs?|mph|[ap]\.?m|(?!{_NO_UNIT}\b)[A-Za-z]{{3,}})(?![A-Za-z])\.?)"
+    rf"(?:[mck]m|km|in|ft|yd|mi|[mk]g|lbs?|oz|[mc][lL]|sec|min|hrs?|mph|[ap]\.?m|(?!{NO_UNIT})[A-Za-z]{{3,}})(?![A-Za-z])\.?)"
 )
 # One letter in \text{} is a unit where it is the sign of one; bold letters and operators are none.
 _MARKED = (
-    rf"\\(?:text\w*|mbox|mathrm)\s*\{{(?![^{{}}]*\b{_NO_UNIT}\b)\s*"
+    rf"\\(?:text\w*|mbox|mathrm)\s*\{{(?![^{{}}]*\b{NO_UNIT})\s*"
     r"(?:[mgslhLCFKNJWV](?![A-Za-z])|[A-Za-z(][A-Za-z]|%|\$)[A-Za-z.,%'()/\s-]*(?:\^\s*-?\d)?\s*\}"
 )
 _POWER = r"(?:\s*\^\s*\{?\d\}?)?"
@@ -97,25 +110,16 @@ _LETTER_UNIT = re.compile(rf"(?<=\d)\s*[mgslhLC]{_POWER}(?:\s*/\s*[hs]{_POWER})?
 _TRIGONOMETRIC = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?[)}]?", re.ASCII
 )
-_MAGNITUDES = {
-    "hundred": r"\\times 10^{2}",
-    "thousand": r"\\times 10^{3}",
-    "million": r"\\times 10^{6}",
-    "billion": r"\\times 10^{9}",
-    "trillion": r"\\times 10^{12}",
-    "dozen": r"\\times 12",
-}
+_SIZE_WORD = rf"({'|'.join(sorted(FACTORS, key=len, reverse=True))})(?![A-Za-z])\s*"
+_MARKED_SIZE = re.compile(rf"(?<=[\d}}])\s*(\\(?:text\w*|mbox|mathrm)\s*\{{)\s*{_SIZE_WORD}")
+_SIZE = re.compile(rf"(?<=[\d}}])\s*{_SIZE_WORD}")
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        *(
-            (rf"(?<=\d)\s*\\(text\w*|mbox|mathrm)\s*\{{\s*{name}\b\s*", rf"{value} \\\1{{")
-            for name, value in _MAGNITUDES.items()
-        ),
-        *((rf"(?<=\d)\s*{name}(?![A-Za-z])", f"{value} ") for name, value in _MAGNITUDES.items()),
         (r"\\(?:text\w*|mbox|mathrm)\s*\{\s*\}", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\frac{\1}{\2}"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\\(frac|binom)\s*(\\[A-Za-z]+|\w)\s*(\\[A-Za-z]+|\w)", r"\\\1{\2}{\3}"),
         (r"\\(?:mathrm|rm)\s*\{\s*([eid])\s*\}", r"\1"),
         (r"^\\approx(?![A-Za-z])|\\phantom(?![A-Za-z])\s*(?:\{[^{}]*\})?", ""),
         (r"_\{\s*\\(max|min)\s*\}", r"_{\1}"),
@@ -131,6 +135,8 @@ _REWRITES = tuple(
         (r"(?<![\\A-Za-z{])(pi|sin|cos|tan|ln|log|infty)(?![A-Za-z])", r"\\\1 "),
         (r"(?<=\d)(?:,\\!|\{,\}|\\[,!]|~)\s*(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[!,;: ]|\\q?quad\b|~", " "),
+        (r"(?<=\d)\.\((\d+)\)", r".\\overline{\1}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
         # Not after a name: log_2(8), f2(3).
         (r"(?<![\w\\{}.^)])(\d+(?:\.\d+)?)\s*(?:\\left)?\(\s*(\d+(?:\.\d+)?)\s*(?:\\right)?\)", r"\1\\cdot(\2)"),
         (r"(?<![A-Za-z\\{_\d.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\d.])", r"\1\\times 10^{\2}"),
@@ -142,9 +148,10 @@ _REWRITES = tuple(
 def clean(text: str) -> str:
     """An answer without what wraps it: white space, math delimiters, bold marks, a full stop, marks of no width.
 
-    Colour goes too, `five` is `5`, and a system of equations is a list of them. White space is single spaces then, so
-    that the patterns of this module cannot try many ways to split it.
+    Colour goes too, `minus five` is `-5`, `€5` is `5\\text{ euros}`, and a system of equations is a list of them. White
+    space is single spaces then, so that the patterns of this module cannot try many ways to split it.
     """
+    text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised[0])}}}", text)
     text = _undecorated(" ".join(text.translate(_SIGNS).split()))
     text = _INFINITY.sub(r"\\infty", text)
     while True:
@@ -155,7 +162,7 @@ def clean(text: str) -> str:
                 text = inside.strip()
         text = text.rstrip(".,;").strip()
         if text == before:
-            return _in_digits(text)
+            return _SIGN_WORD.sub("-", _worded(text))
 
 
 def plain_number(text: str) -> str | None:
@@ -196,19 +203,40 @@ def option(text: str) -> str | None:
 
 
 def sides(text: str) -> list[str]:
-    """What an answer like `x = 2 + 3 = 5` says something equals: all sides but a first one that is a mere name."""
-    parts = [part.strip() for part in text.split("=")]
-    return parts[1:] if len(parts) > 1 and _NAME.fullmatch(parts[0]) else parts
+    """What an answer like `x = 2 + 3 = 5` says something equals: all sides but the first ones that are mere names."""
+    parts = all_sides(text)
+    while len(parts) > 1 and _NAME.fullmatch(parts[0]):
+        del parts[0]
+    return parts
 
 
-def marks(text: str) -> tuple[int, bool, bool, tuple[str, ...], frozenset[str]]:
+def all_sides(text: str) -> list[str]:
+    """The sides of an equation; the equals sign of an index in braces, as in a sum, makes none."""
+    parts, depth, start = [], 0, 0
+    for place, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if character == "=" and depth <= 0:
+            parts.append(text[start:place].strip())
+            start = place + 1
+    return [*parts, text[start:].strip()]
+
+
+def marks(text: str) -> tuple[int, int, bool, bool, tuple[str, ...], frozenset[str]]:
     """What two equal answers have in common, and math-verify drops.
 
-    That is primes, dots, a remainder's sign, the names in `(b,a)=(5,6)` where they are not in alphabetical order, and
-    last the modulus.
+    That is primes, transposed matrices, dots, a remainder's sign, the names in `(b,a)=(5,6)` where they are not in
+    alphabetical order, and last the modulus.
     """
     primes = text.count("'") + text.count("\\prime")
-    return primes, bool(_DOTS.search(text)), "\\bmod" in text, _reordered(text), frozenset(_MODULUS.findall(text))
+    transposed = len(_TRANSPOSED.findall(text))
+    return (
+        primes,
+        transposed,
+        bool(_DOTS.search(text)),
+        "\\bmod" in text,
+        _reordered(text),
+        frozenset(_MODULUS.findall(text)),
+    )
 
 
 def options(text: str) -> set[str] | None:
@@ -261,7 +289,8 @@ def measured(text: str) -> str:
         if not found or plain_number(text[: found.start()]) is None:
             return ""
     plain = re.sub(r"[{}\\]", "", _TEXT.sub(r" \1 ", found[0]))
-    return " ".join(plain.replace("^ ", "^").casefold().split()).replace(" ^", "^").strip(" .")
+    plain = plain.replace("^ ", "^").replace("squared", "^2").replace("cubed", "^3")
+    return " ".join(plain.casefold().split()).replace(" ^", "^").strip(" .")
 
 
 def without_percent(text: str) -> str:
@@ -272,6 +301,11 @@ def without_percent(text: str) -> str:
 def without_degrees(text: str) -> str:
     """An answer without its degree signs; what a trigonometric function is taken of is put into radians."""
     return _DEGREE.sub("", _TRIGONOMETRIC.sub(lambda found: _of_degrees(found[1], Fraction(found[2])), text))
+
+
+def in_radians(text: str) -> bool:
+    """Whether an answer says that it is an angle in radians."""
+    return bool(_RADIANS.search(text))
 
 
 def without_letter_unit(text: str) -> str:
@@ -286,6 +320,7 @@ def latex(text: str) -> str:
     if mixed := _MIXED.fullmatch(text):
         return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     text = re.sub(r"(?<!\\)\$|\\[()]", " ", text)
+    text = _sized(text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _REPEATING.sub(_as_fraction, text)
@@ -295,8 +330,11 @@ def latex(text: str) -> str:
 
 
 def _undecorated(text: str) -> str:
-    """An answer without colours, and a system of equations as a list; one with conditions stays as it is."""
-    for pattern, inside in _COLOURED:
+    """An answer without colours and styles, with degrees Celsius in words, and a system of equations as a list.
+
+    A system with conditions stays as it is.
+    """
+    for pattern, inside in _DECORATIONS + _PLAINER:
         text = pattern.sub(inside, text)
     if system := _CASES.fullmatch(text):
         rows = [row.strip(" ,;") for row in system[1].split("\\\\")]
@@ -306,16 +344,25 @@ def _undecorated(text: str) -> str:
     return text
 
 
-def _in_digits(text: str) -> str:
-    """A number word up to ninety-nine in digits; any other text as it is."""
-    if len(text) > _LONGEST_SPELLED:
-        return text
-    tens, _, ones = _TEXT.sub(r"\1", text).strip().casefold().replace(" ", "-").partition("-")
-    if not ones:
-        return str(_SPELLED.get(tens, text))
-    if tens in _TENS and 0 < _SPELLED.get(ones, 0) < 10:
-        return str(_SPELLED[tens] + _SPELLED[ones])
-    return text
+def _worded(text: str) -> str:
+    """A number in words in digits, and a foreign currency's sign as the word for it; any other text as it is."""
+    for sign, name in _CURRENCIES.items():
+        if sign in text:
+            return rf"{text.replace(sign, '').strip()}\text{{ {name}}}"
+    inside = _TEXT.sub(r"\1", text)
+    digits = in_digits(inside)
+    return text if digits == inside else digits
+
+
+def _sized(text: str) -> str:
+    """An answer with `5 thousand` and `2 thirds` as products."""
+    text = _MARKED_SIZE.sub(lambda found: rf"\cdot {_latex_size(found[2])} {found[1]}", text)
+    return _SIZE.sub(lambda found: rf"\cdot {_latex_size(found[1])} ", text)
+
+
+def _latex_size(name: str) -> str:
+    size = FACTORS[name]
+    return str(size.numerator) if size.denominator == 1 else _fraction(size)
 
 
 def _reordered(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from rltoken.rewards.notation import measured
+from rltoken.rewards.notation import letters, measured
 
 _INCH, _POUND = Fraction(254, 10_000), Fraction(45_359_237, 10**8)
 _TABLE = {
@@ -29,7 +29,8 @@ _TABLE = {
         "g gram": Fraction(1),
         "kg kilogram": Fraction(1000),
         "oz ounce": 1000 * _POUND / 16,
-        "lb": 1000 * _POUND,
+        # Of money or of weight: either way they are no dollars.
+        "lb pound": 1000 * _POUND,
     },
     "time": {
         "s sec second": Fraction(1),
@@ -40,6 +41,7 @@ _TABLE = {
     },
     "calendar": {"month": Fraction(1), "year": Fraction(12)},
     "money": {"$ dollar": Fraction(1), "cent": Fraction(1, 100)},
+    **{name: {name: Fraction(1)} for name in ("euro", "yen", "celsius", "fahrenheit", "kelvin")},
 }
 _UNITS = {
     name: (kind, size) for kind, sizes in _TABLE.items() for names, size in sizes.items() for name in names.split()
@@ -49,6 +51,7 @@ _LITRES = dict.fromkeys(("l", "liter", "litre"), Fraction(1, 1000)) | dict.fromk
 )
 _PER = re.compile(r"/|\bper\b")
 _FACTOR = re.compile(r"(?:(square|sq|cubic|cu)\.? )?([a-z$]+)\.?(?: ?\^ ?(-?\d))?")
+_SUM = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]+),? (?:and )?(\d+(?:\.\d+)?) ?([a-z]+)", re.ASCII)
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -75,6 +78,15 @@ def unit(text: str) -> Unit | None:
         powers[kind] = powers.get(kind, 0) + sign * power
         size *= each**sign
     return Unit(tuple(sorted((kind, power) for kind, power in powers.items() if power)), size)
+
+
+def in_one_unit(text: str) -> str:
+    """A measure in two units, `1 hour 30 minutes`, in the smaller one; any other answer as it is."""
+    found = _SUM.fullmatch(letters(text))
+    units = [unit(f"{found[place]} {found[place + 1]}") for place in (1, 3)] if found else [None]
+    if None in units or units[0].dimension != units[1].dimension or units[0].size <= units[1].size:
+        return text
+    return f"{Fraction(found[1]) * units[0].size / units[1].size + Fraction(found[3])} {found[4]}"
 
 
 def _factor(text: str) -> tuple[str, int, Fraction] | None:

@@ -26,6 +26,7 @@ from rltoken.rewards.text import boxed_answer, last_box
         (r"The answer is 6. \boxed{7}", "7"),
         (r"\boxed{6} The final answer is $7$. I hope it is correct.", "7"),
         (r"\boxed{6} The final answer is 7", "7"),
+        (r"\boxed{6} The final answer is minus 7", "-7"),
         (r"\boxed{6} The final answer is above.", "6"),
         (r"So \boxed{5} is wrong, answer: 6", "6"),
         (r"\boxed{5} is incorrect. **Answer**: $6$", "6"),
@@ -40,6 +41,20 @@ from rltoken.rewards.text import boxed_answer, last_box
         (r"$\boxed 1/2$", "1/2"),
         (r"\boxed 5x", None),
         (r"\boxed five", None),
+        (r"\boxed7", "7"),
+        (r"$\boxed12$", "12"),
+        (r"\boxed7x", None),
+        (r"\boxed\frac12", r"\frac12"),
+        (r"\boxed\dfrac{1}{2}", r"\dfrac{1}{2}"),
+        (r"The answer is not \boxed{5}.", "not 5"),
+        (r"It isn't \boxed{5}", "not 5"),
+        (r"It cannot be $\boxed{5}$", "not 5"),
+        (r"It is not equal to \boxed{5}", "not 5"),
+        (r"not \boxed{5} or \boxed{6}", "not 5, 6"),
+        (r"It can't be \boxed{5}, so it is \boxed{6}", "6"),
+        (r"The answer is \boxed{5}, not \boxed{4}", "5"),
+        (r"This is not hard: \boxed{5}", "5"),
+        (r"It is not 4. \boxed{5}", "5"),
     ],
 )
 def test_boxes(text, found):
@@ -118,6 +133,22 @@ def test_a_model_that_thinks_must_end_its_thinking():
         ("The answer is Evelyn.", "Evelyn"),
         ("The answer is sqrt(2).", "sqrt(2)"),
         ("The answer is 18<|im_end|>", "18"),
+        ("<answer>18</answer>", "18"),
+        ("<answer>\n$18$\n</answer>", "18"),
+        ("Write <answer></answer>. Answer: 18", "18"),
+        ("Answer\N{FULLWIDTH COLON}18", "18"),
+        ("The answer is minus 18.", "-18"),
+        ("The answer is negative $x+1$.", "-(x+1)"),
+        ("The answer is minus the sum, 18.", "minus the sum, 18"),
+        ("The answer is equal to minus 18", "-18"),
+        ("The answer is the same as 20 minus 18", "18"),
+        ("The answer is 18 more apples.", "18"),
+        ("The answer is 18 meters squared.", "18"),
+        ("The answer is 18 apples, because 9+9=18", "18"),
+        ("The answer is $18$ since $x=9$.", "18"),
+        ("The answer is $18$ apples, not $20$.", "18"),
+        ("The answer is $18$ million.", "18 million"),
+        ("The answer is $18$ plus $x$.", "18 plus x"),
         ("She has 18 eggs left", None),
         ("", None),
     ],
@@ -140,6 +171,12 @@ def test_answer_headers(text, found):
         ("The answer is A. 3 B. 4", "A. 3 B. 4"),
         ("The answer is A. Because A. is even.", "A"),
         ("The answer is Ada", "Ada"),
+        ("The answer is A, not B.", "A"),
+        ("The answer is (A) rather than (B)", "A"),
+        ("The answer is A instead of B", "A"),
+        ("The answer is A, not", "A, not"),
+        ("The answer is A or B", "A or B"),
+        ("<answer>(B)</answer>", "B"),
     ],
 )
 def test_options(text, letter):
@@ -161,6 +198,9 @@ def test_options(text, letter):
         (r"\(x = 1\), that is 5", "5"),
         (r"first 5, then \[ x^2 \]", "x^2"),
         ("she pays $5 and gets $3 back", "3"),
+        ("it is at minus 5", "-5"),
+        ("7 minus 5", "5"),
+        ("about 5 million", "5 million"),
         ("", None),
     ],
 )
@@ -194,6 +234,10 @@ def test_what_is_too_long_is_no_answer():
         r"\boxed{1} is wrong " * 50_000 + "answer: " * 100_000,
         r"\boxed " + "1," * 500_000 + "x",
         r"\boxed" + " " * 1_000_000,
+        r"\boxed\frac{" * 100_000,
+        r"not \boxed{1} " * 50_000,
+        "the answer is minus " * 50_000,
+        "<answer>" * 100_000,
         "#" * 1_000_000,
         "answer ** " * 100_000,
     ],
@@ -220,3 +264,23 @@ def test_a_known_text_costs_no_search_and_the_settings_count(monkeypatch):
     assert extract(text, last_number=True) == "searched"
     monkeypatch.setattr(extraction, "MAX_KNOWN", 0)
     assert extract(text + " ") == extract(text) == "searched"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"-\boxed{5}", "-5"),
+        (r"So $x = -\boxed{\frac12}$.", r"-\frac12"),
+        (r"It is minus \boxed{5}.", "-5"),
+        (r"The answer is negative $\boxed{x+1}$.", "-(x+1)"),
+        (r"The answer: - \boxed{7}", "-7"),
+        (r"We get $7 - 2 = \boxed{5}$.", "5"),
+        (r"Thus $9 - \boxed{4}$ is what is left.", "4"),
+        (r"a well-\boxed{5}", "5"),
+        (r"The answer is not \boxed{5}. The answer is 6", "6"),
+        (r"The answer is not \boxed{5}.", "not 5"),
+        (r"It is \boxed{5}. Answer: 6", "5"),
+    ],
+)
+def test_a_sign_before_a_box_and_what_follows_a_denied_one(text, answer):
+    assert extract(text) == answer

@@ -14,7 +14,7 @@ SECONDS = 2.0
 MARGIN = 5.0
 """Seconds for all but the hostile answer, on a machine that does something else too."""
 BEFORE, AFTER = r"It is \boxed{\frac{84}{2}}.", r"It is \boxed{\frac{83}{2}}."
-RIGHT = {"percent_signs", "degree_signs"}
+RIGHT = {"percent_signs", "degree_signs", "arabic_digits", "full_width_digits"}
 """Read as 42, which is the gold answer."""
 
 

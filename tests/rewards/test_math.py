@@ -11,7 +11,7 @@ from rltoken.errors import UserError
 from rltoken.rewards.equality import Rules, equal, parses, readable
 from rltoken.rewards.limits import hard
 from rltoken.rewards.math import accuracy, classes, gradable, judge, outcomes
-from rltoken.rewards.outcomes import Outcome, shares
+from rltoken.rewards.outcomes import FAILURES, Outcome, shares
 
 PROBLEMS = [
     json.loads(line)
@@ -215,6 +215,9 @@ REFUSED = [
     "(" * 60 + "1" + ")" * 60,
     r"\frac{" * 60 + "1" + "}{2}" * 60,
     "7" * 501,
+    "1e999999999",
+    "1e-999999999",
+    "1.5E99999999",
 ]
 
 
@@ -231,6 +234,7 @@ ORDINARY = [
     "(10^{10})^{10}",
     "2^{10000}",
     "10^{100}",
+    "1e100",
     "e^{-x^2}",
     "100!",
     "(3!)!",
@@ -252,6 +256,12 @@ def test_ordinary_expressions_are_not_refused(expression):
     assert parses(expression) and equal(f"{expression}+0", expression) and not equal(f"{expression}+1", expression)
 
 
+CHANGED = (
+    *("tenths", "sixths", "eighths", "hundredths", "thousandths", "lakh", "crore", "quadrillion", "tens", "score"),
+    *("gross", "doubled", "halved", "squared", "factorial", "reciprocal", "negative", "point five", "root two"),
+    *("at most", "multiplied by six", "less than x", "more than x", "below zero", "base two", "plus six", "cos x"),
+)
+"""What a number is another one with."""
 NO_HEDGE = [
     (r"5\text{ or 6}", "5"),
     (r"3\text{ hours and 20 minutes}", "3"),
@@ -290,6 +300,24 @@ NO_HEDGE = [
     ("twenty-ten", "30"),
     ("2(3)", "5"),
     ("f2(3)", "6"),
+    *((f"5 {word}", "5") for word in CHANGED),
+    *((rf"5\text{{ {word}}}", "5") for word in CHANGED),
+    (r"12\text{ base eight}", "12"),
+    ("2 and a half", "2"),
+    ("5 half", "2.5"),
+    ("minus five", "5"),
+    (r"\text{negative }5", "5"),
+    (r"\not=5", "5"),
+    (r"\sum_{k=1}^{10} k", "1"),
+    (r"\sum_{k=1}^{10} k = 54", "55"),
+    (r"\displaystyle 101", "101_2"),
+    ("A^T", "A"),
+    ("A", r"A^{\top}"),
+    ("C", r"(D)\ 4"),
+    ("third", r"\frac13"),
+    ("twenty-third", r"\frac{20}{3}"),
+    ("2.5(3)", r"2.5\overline{3}"),
+    ("x=y=5", "6"),
 ]
 PLAIN = [
     ("5 million", "5000000"),
@@ -326,6 +354,41 @@ PLAIN = [
     ("5", r"\text{Five}"),
     ("Twenty-one", "21"),
     ("ninety", "90"),
+    ("half", r"\frac12"),
+    ("one half", "0.5"),
+    ("two-thirds", r"\frac23"),
+    ("2 thirds", r"\frac23"),
+    (r"5\text{ tenths}", "0.5"),
+    ("a dozen", "12"),
+    ("two hundred", "200"),
+    ("3 lakh", "300000"),
+    ("minus five", "-5"),
+    (r"\text{negative five}", "-5"),
+    (r"\text{minus }5", "-5"),
+    ("minus one half", r"-\frac12"),
+    ("negative infinity", r"-\infty"),
+    ("5 more apples", "5"),
+    ("5 feet below the lake", "5"),
+    (r"\sum_{k=1}^{10} k", "55"),
+    (r"x = \prod_{i=1}^{4} i = 24", "24"),
+    ("x=y=5", "5"),
+    (r"\displaystyle \text{(C)}", "C"),
+    (r"\textstyle 101_2", "101_2"),
+    (r"x \not= 2", r"x \ne 2"),
+    (r"A^TB", r"A^{T}B"),
+    ("D", r"(D)\ 4"),
+    (r"\{x: -1<x<1\}", "(-1,1)"),
+    (r"\binom52", "10"),
+    (r"\dbinom{5}{2}", "10"),
+    ("0.(3)", r"\frac13"),
+    ("6.02 x 10^23", r"6.02\times10^{23}"),
+]
+OTHER_SCRIPTS = [
+    ("2⅛", r"\frac{17}{8}"),
+    ("2⁵", "32"),
+    ("10⁻³", "0.001"),
+    ("10²³", "10^{23}"),
+    *((f"{chr(zero + 1)}{chr(zero + 2)}", "12") for zero in (0x0660, 0x06F0, 0x0966, 0xFF10)),
 ]
 SAME_MEASURE = [
     ("3 km", r"3\text{ km}"),
@@ -343,6 +406,20 @@ SAME_MEASURE = [
     ("3, 5 cm", "5, 3 cm"),
     ("3g+2m", "2m+3g"),
     ("5", "5 km"),
+    ("5", "€5"),
+    ("5", "5°C"),
+    ("5", r"5\text{ radians}"),
+    ("€5", "5 euros"),
+    ("£2", "32 oz"),
+    ("¥5 million", "5000000 yen"),
+    ("5°C", r"5\text{ degrees Celsius}"),
+    (r"5^{\circ}\mathrm{F}", "5 Fahrenheit"),
+    (r"180^\circ", r"\pi\text{ radians}"),
+    ("3 cm squared", r"3\text{ cm}^2"),
+    ("1 hour 30 minutes", "90 minutes"),
+    (r"1\text{ hour and }30\text{ minutes}", "1.5 hours"),
+    ("5 feet 6 inches", "66 in"),
+    ("1 h 30 min", "90"),
 ]
 OTHER_MEASURE = [
     (r"\$3", "3 cents"),
@@ -352,6 +429,29 @@ OTHER_MEASURE = [
     (r"3\text{ cm}", r"3\text{ cm}^2"),
     ("3 km", "3 kg"),
     ("3 km/h", "3 m/s"),
+    ("3 cm squared", "3 cm"),
+    ("1 hour 30 minutes", "30 minutes"),
+    ("1 hour 30 minutes", "1.3 hours"),
+    ("30 minutes 1 hour", "31 minutes"),
+    ("1 hour 30 meters", "30 meters"),
+    (r"5^\circ", r"5\text{ radians}"),
+    ("5 degrees", "5 rad"),
+    ("5°C", "5°F"),
+    ("5 Celsius", "5 Fahrenheit"),
+    *((money, r"\$5") for money in ("€5", "£5", "¥5", "5 euros", "5 pounds", "5 yen")),
+    ("€5", "£5"),
+]
+SPACED = [
+    ("5 1/2", "51/2", False),
+    ("5 1/2", r"\frac{11}{2}", True),
+    ("2 3", "23", False),
+    (r"1\ 2", "12", False),
+    (r"1\quad 2", "12", False),
+    ("(1 2, 3)", "(12,3)", False),
+    ("1 000", "1000", True),
+    (r"1\,000", "1000", True),
+    ("x + 1", "x+1", True),
+    (r"\left( 1, 2 \right)", "(1,2)", True),
 ]
 LISTS = [
     ("1,5", "(1,5)", True),
@@ -391,6 +491,16 @@ def test_units_magnitudes_names_and_steps_do_not_hide_an_answer(prediction, gold
     assert equal(prediction, gold)
 
 
+@pytest.mark.parametrize(("prediction", "gold"), OTHER_SCRIPTS)
+def test_digits_of_other_scripts_and_raised_ones_are_read(prediction, gold):
+    assert equal(prediction, gold)
+
+
+@pytest.mark.parametrize(("prediction", "gold", "same"), SPACED)
+def test_a_space_between_digits_is_no_nothing(prediction, gold, same):
+    assert equal(prediction, gold) is same
+
+
 @pytest.mark.parametrize(("prediction", "gold"), SAME_MEASURE)
 def test_measures_are_equal_in_any_unit_of_their_kind(prediction, gold):
     assert equal(prediction, gold) and equal(gold, prediction)
@@ -413,10 +523,51 @@ def test_a_base_is_part_of_an_answer(prediction, gold, same):
 
 @pytest.mark.parametrize(
     "text",
-    ["not 5.", "less than 5", "between 4 and 5", "5 apples or 6 apples", "5 apples plus 6", "3 hours 20 minutes"],
+    [
+        *("not 5.", "less than 5", "between 4 and 5", "5 apples or 6 apples", "5 apples plus 6", "3 hours 20 minutes"),
+        *("5 and a half", "5 and x", "5 apples as well as six pears", "simply 5 million", "3 sixteenths of an inch"),
+        *("minus 5", "negative 5.", "minus $5$", "minus five", "equal to negative 5", "minus the value 5"),
+        *(f"5 {word}" for word in CHANGED),
+        *(f"$5$ {word}" for word in CHANGED),
+        *("$5$ million.", "$5$ times $6$", "$5$ to the power of $2$", "$5$ remainder $2$", "$5$ minus one", "$5$/2"),
+        *("$5$ of $6$", "$5$ < $x$", "$5$ hours $30$ minutes", "$5$, or maybe $6$", "$5$ + x", "$5$ as well as $6$"),
+    ],
 )
 def test_a_header_does_not_make_part_of_a_sentence_an_answer(text):
-    assert outcomes([f"The answer is {text}"] * 2, ["5", "3"], workers=0) == [Outcome.WRONG] * 2
+    assert not {Outcome.CORRECT, *FAILURES} & set(outcomes([f"The answer is {text}"] * 2, ["5", "3"], workers=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "gold"),
+    [
+        ("minus 5.", "-5"),
+        ("negative $5$", "-5"),
+        ("minus five", "-5"),
+        (r"minus $\frac{1}{2}$", "-0.5"),
+        ("negative $x+1$", "-x-1"),
+        ("equal to negative 5", "-5"),
+        ("minus 5 million", "-5000000"),
+        ("2 thirds", r"\frac23"),
+        ("3 quarters", "0.75"),
+        ("$5$ thousand", "5000"),
+        ("simply 5 million.", "5000000"),
+        ("$3$ dozen eggs", "36"),
+        ("$5$% of all", r"5\%"),
+        ("$x$ = $5$", "5"),
+    ],
+)
+def test_what_changes_a_number_counts_after_a_header(text, gold):
+    assert outcomes([f"The answer is {text}"], [gold], workers=0) == [Outcome.CORRECT]
+
+
+@pytest.mark.parametrize(
+    "text", [r"not \boxed{5}.", r"not $\boxed{5}$", r"not \[\boxed{5}\]", r"neither \boxed{5} nor \boxed{6}"]
+)
+@pytest.mark.parametrize("last_number", [True, False])
+def test_a_box_that_is_denied_is_not_correct(text, last_number):
+    for gold in ("5", "6", "5, 6"):
+        found = outcomes([f"The answer is {text}"], [gold], last_number=last_number, workers=0)
+        assert found[0] in (Outcome.WRONG, Outcome.UNPARSABLE)
 
 
 def test_odd_columns_are_read_or_left_out():
