@@ -21,13 +21,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from rltoken import identity
 from rltoken.evals.metrics import mean_interval, paired_interval
 from rltoken.report import curves as draw
-from rltoken.runs import flat
 
 METRICS = {"accuracy": ".3f", "anytime_accuracy": ".3f", "final_accuracy": ".3f", "thinking_tokens": ".1f"}
 SEEDS = {"seed", "model.seed", "model.source.seed"}
-PLACES = {"name", "runs_dir", "resume"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""
 
@@ -43,7 +42,7 @@ def read(folders):
         if not (folder / "report.json").is_file():
             print(f"{folder}: left out, it has no report.json, so it is not finished", file=sys.stderr)
             continue
-        values = flat(OmegaConf.load(folder / "config.yaml"))
+        values = identity.settings(OmegaConf.load(folder / "config.yaml"))
         how = {key: value for key, value in values.items() if key.startswith(EVALUATED)}
         for key in sorted(how.keys() | evaluated.keys() if evaluated else ()):
             if how.get(key) != evaluated.get(key):
@@ -55,7 +54,7 @@ def read(folders):
         if not (report["before"] and report["after"]):
             print(f"{folder}: left out, it was not evaluated before and after", file=sys.stderr)
             continue
-        key = json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS - PLACES)}, default=str)
+        key = json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS)}, default=str)
         label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
         if values["seed"] in settings[label]:
             sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
