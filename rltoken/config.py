@@ -88,6 +88,8 @@ class RolloutSchema:
     pack_tokens: Any = "auto"
     normaliser: str = "thinking"
     max_logp_difference: Any = "auto"
+    patience: float = 300.0
+    server_options: list[str] = dataclasses.field(default_factory=list)
 
 
 def register_schemas() -> None:
@@ -182,7 +184,7 @@ def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
         )
     if settings["fp16"] and not gpu:
         raise UserError("trainer.fp16: it needs a GPU; set trainer.fp16=false.")
-    if settings["use_vllm"] and settings["vllm_mode"] == "colocate" and not gpu:
+    if settings["use_vllm"] and not gpu:
         from rltoken.rollout import vllm_cpu
 
         vllm_cpu.refuse(settings)
@@ -303,7 +305,7 @@ def check_values(cfg: DictConfig) -> None:
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
-    least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1}
+    least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1, "rollout.patience": 1}
     may_be_auto = {"rollout.pack_tokens": 1, "rollout.max_logp_difference": 0}
     for key in may_be_auto:
         value = OmegaConf.select(cfg, key)

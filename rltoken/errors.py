@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that mean: the user can mend this."""
 
 import difflib
 from collections.abc import Iterable
@@ -19,6 +19,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class SamplerLost(UserError):
+    """The server that completions come from is gone or stands still; a training run saves its last step and leaves."""
 
 
 def first_line(error: BaseException) -> str:

@@ -163,13 +163,10 @@ def load_model(
     Raises:
         UserError: an unknown dtype, or a model that cannot be loaded.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise UserError(f"model.dtype: there is no {dtype!r}. Set model.dtype to one of: auto, {', '.join(_DTYPES)}.")
-    chosen = _DTYPES.get(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=chosen,
+            dtype=chosen_dtype(dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             quantization_config=quantization,
@@ -184,6 +181,17 @@ def load_model(
             f"model.path: the model {path} cannot be loaded ({first_line(error)}). Check model.path "
             "and model.trust_remote_code."
         ) from error
+
+
+def chosen_dtype(dtype: str) -> torch.dtype:
+    """What `model.dtype` means on this machine (see `load_model`).
+
+    Raises:
+        UserError: there is no such dtype.
+    """
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise UserError(f"model.dtype: there is no {dtype!r}. Set model.dtype to one of: auto, {', '.join(_DTYPES)}.")
+    return _DTYPES.get(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -25,6 +25,12 @@ def source(section: DictConfig) -> str:
     return section.get("adapter") or instantiate(section.source)
 
 
+def base(section: DictConfig) -> str:
+    """The model's folder or hub id, or the one that its adapter is put on."""
+    path = source(section)
+    return _base(section, path) if adapters.is_adapter(path) else path
+
+
 def tokenizer(section: DictConfig, path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or adapter at `path`, checked against the section `model`."""
     if adapters.is_adapter(path) and not adapters.has_tokenizer(path):

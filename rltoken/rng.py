@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +22,33 @@ def request_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
+def states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def put_back(found: Mapping[str, Any]) -> None:
+    """Set the global generators to what `states` gave."""
+    random.setstate(found["python"])
+    np.random.set_state(found["numpy"])
+    torch.set_rng_state(found["cpu"])
+    torch.cuda.set_rng_state_all(found["cuda"])
+
+
 @contextlib.contextmanager
 def forked_rng(seed: int | None = None) -> Iterator[None]:
     """Run the body with its own random state (seeded, if `seed` is given) and restore Python's, NumPy's and torch's."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    before = states()
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        put_back(before)

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import adapters, cli, config, preemption, runs
-from rltoken.errors import UserError
+from rltoken.errors import SamplerLost, UserError
 from rltoken.resume import disk_errors_told
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
         checkpoint = from_first_rank(checkpoint)
         before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
         with notice.steps(lambda: saved(folder, trainer.state)):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except SamplerLost as lost:
+                trainer.save_last_step()
+                notice.reason = str(lost).rstrip(".")
         trainer.save_model(str(folder / "final"))
         after = evaluation("after") if cfg.eval.after else None
         if trainer.accelerator.is_main_process:
@@ -160,6 +164,7 @@ def saved(folder: Path, state: TrainerState) -> str:
     """What of a run that leaves after some steps is kept, for its message."""
     path = folder / f"checkpoint-{state.global_step}"
     kept = f"saved in {path}" if path.exists() else "not saved (see trainer.save_strategy)"
+    kept = kept if state.global_step else "before anything was learned"
     return f"at step {state.global_step} of {state.max_steps}, {kept}"
 
 
@@ -206,7 +211,7 @@ def assemble(
         warn_shared(train, evaluation)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
-    on_cpu = args.use_vllm and args.vllm_mode == "colocate" and args.device.type == "cpu"
+    on_cpu = args.use_vllm and args.device.type == "cpu"
     if on_cpu and not adapters.is_adapter(path):
         from rltoken.rollout import vllm_cpu
 
@@ -226,6 +231,7 @@ def assemble(
         batch_rows=cfg.rollout.batch_rows,
         normaliser=cfg.rollout.normaliser,
         max_logp_difference=cfg.rollout.max_logp_difference,
+        patience=cfg.rollout.patience,
         classes=classes,
         on_change=cfg.on_change,
         record=runs.record(folder, cfg),

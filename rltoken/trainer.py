@@ -48,6 +48,7 @@ class TokenGRPOTrainer(SeamTrainer):
             only) or 'all'.
         max_logp_difference: what vLLM's log-probabilities may differ by from the trainer's, in the mean of a window's
             tokens; 'auto' goes by the dtype, None lets everything pass.
+        patience: seconds without any progress of a vLLM server after which `SamplerLost` is raised.
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
@@ -66,6 +67,7 @@ class TokenGRPOTrainer(SeamTrainer):
         batch_rows: int | None = None,
         normaliser: str = "thinking",
         max_logp_difference: float | str | None = "auto",
+        patience: float = SeamTrainer.patience,
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
         record: Mapping[str, Any] | None = None,
@@ -73,6 +75,7 @@ class TokenGRPOTrainer(SeamTrainer):
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
+        self.patience = patience
         self.classes, self.on_change, self.record = classes, on_change, record or {}
         self._rng: torch.Generator | None = None
         self._windows = 0

@@ -1,4 +1,4 @@
-"""The only module that touches a private name of TRL or of transformers' Trainer.
+"""With `trl_vllm` and `trl_saving` the only modules that touch a private name of TRL or of transformers' Trainer.
 
 `SeamTrainer` is GRPOTrainer with its private seams under public names: what a subclass overrides (`make_window`,
 `step_loss`, `score`, `checkpoint_state`, `restore_state`) and what it calls (`stock_window`, `stock_loss`, `sample`,
@@ -10,34 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from trl import GRPOConfig
 from trl.data_utils import is_conversational
-from trl.generation import vllm_generation
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
-from rltoken.rng import request_seed
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
-from rltoken.trl_saving import SavingTrainer
+from rltoken.trl_vllm import VLLMTrainer
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
 REFERENCE_ADAPTER = "ref"
 """TRL's name for the frozen copy of an adapter that is trained further."""
-
-LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-"""What TRL sets as a launcher would; left there, a later run or a child would take itself for one of several ranks."""
 
 
 @dataclass
@@ -71,7 +64,7 @@ class OldPass:
     hidden: Tensor | None
 
 
-class SeamTrainer(SavingTrainer):
+class SeamTrainer(VLLMTrainer):
     """GRPOTrainer whose seams are public; by itself it trains exactly as GRPOTrainer does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,20 +74,10 @@ class SeamTrainer(SavingTrainer):
         self._recorded: OldPass | None = None
         self._own_reference: nn.Module | None = None
         self.sampled_ids: list[list[int]] = []
-        self._calls: tuple[tuple[str, int], int] = (("", -1), 0)
         model = args[0] if args else kwargs["model"]
         if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
             keep_reference(model)
-        with self._engine_of_cpu(kwargs.get("args")):
-            super().__init__(*args, **kwargs)
-        if self.use_vllm and self.vllm_mode == "colocate":
-            set_seed(self.args.seed, device_specific=True)  # the engine has set every generator to its rank
-            self._seed_requests()
-
-    def close(self) -> None:
-        """Shut down a vLLM engine of this process: vLLM keeps it from the garbage collector."""
-        if self.use_vllm and self.vllm_mode == "colocate":
-            self.vllm_generation.llm.llm_engine.engine_core.shutdown()
+        super().__init__(*args, **kwargs)
 
     # What a subclass overrides
 
@@ -356,11 +339,6 @@ class SeamTrainer(SavingTrainer):
         return isinstance(model, PeftModel) or bool(model.config._name_or_path)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """What forward passes are computed in."""
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-
-    @property
     def runs_tools(self) -> bool:
         """Whether TRL generates in several turns or by a function of the user's, which cannot be replayed."""
         return bool(self.tools) or self.rollout_func is not None or self.environment_factories is not None
@@ -449,48 +427,6 @@ class SeamTrainer(SavingTrainer):
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     # Helpers
-
-    @contextlib.contextmanager
-    def _engine_of_cpu(self, args: GRPOConfig | None) -> Iterator[None]:
-        """Let TRL's constructor make a vLLM engine that works on a CPU, where that is what it is about to make."""
-        if not (args and args.use_vllm and args.vllm_mode == "colocate" and args.device.type == "cpu"):
-            yield
-            return
-        from rltoken.rollout import vllm_cpu
-
-        stock, alone = vllm_generation.LLM, LAUNCHED - os.environ.keys()
-        vllm_generation.LLM = lambda **settings: vllm_cpu.engine(self.compute_dtype, **settings)
-        try:
-            yield
-        finally:
-            vllm_generation.LLM = stock
-            for name in alone:
-                os.environ.pop(name, None)
-
-    def _seed_requests(self) -> None:
-        """Let every request of the engine in this process sample from a stream of its own.
-
-        TRL seeds the engine with the rank, whatever the run's seed, and all requests share the generator that training
-        draws from: a dropout or another batch in between would change every later completion.
-        """
-        llm = self.vllm_generation.llm
-        generate = llm.generate
-
-        def seeded(prompts: list[Any], sampling_params: Any, **options: Any) -> Any:
-            """vLLM's `generate` with a copy of the settings for each prompt."""
-            each = [sampling_params.clone() for _ in prompts]
-            for params, seed in zip(each, self._request_seeds(len(prompts)), strict=True):
-                params.seed = seed
-            return generate(prompts, sampling_params=each, **options)
-
-        llm.generate = seeded
-
-    def _request_seeds(self, n: int) -> list[int]:
-        """Seeds of a call's requests; ranks that share an engine's work must come to the same ones."""
-        place = ("train" if self.model.training else "eval", self.state.global_step)
-        self._calls = (place, self._calls[1] + 1 if self._calls[0] == place else 0)
-        first = self.accelerator.process_index // self.args.vllm_tensor_parallel_size * n
-        return [request_seed(self.args.seed, *place, self._calls[1], first + i) for i in range(n)]
 
     def _siblings(self, prompt_ids: list[list[int]], num_generations: int) -> int:
         """How many successive prompts vLLM may take for one and the same: it samples the first of them so often."""

@@ -8,6 +8,7 @@ place (`rltoken.resume`). A failure on one rank ends the save on all of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -25,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from rltoken import identity, resume
+from rltoken import identity, resume, rng
 from rltoken.errors import UserError, first_line
 
 # With several processes on CPUs transformers loads the optimizer to "cpu:0", a place that torch does not know.
@@ -41,15 +42,19 @@ TABLES = ("prompt", "completion", "advantages")
 """Columns of TRL's table of completions; reward functions' own stand below `rewards` and `extra`."""
 
 
-class _AtTrainBegin(TrainerCallback):
-    """Calls a function when training begins: transformers clears sums after it has loaded a checkpoint."""
+class _Calls(TrainerCallback):
+    """Calls functions when training begins (after a checkpoint is loaded transformers clears sums) and each step."""
 
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
+    def __init__(self, at_train_begin: Callable[[], None], at_step_begin: Callable[[], None]) -> None:
+        self._at_train_begin, self._at_step_begin = at_train_begin, at_step_begin
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Call it."""
-        self._call()
+        """Call the one."""
+        self._at_train_begin()
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Call the other, before the step's first window."""
+        self._at_step_begin()
 
 
 class SavingTrainer(GRPOTrainer):
@@ -59,13 +64,17 @@ class SavingTrainer(GRPOTrainer):
     """'refuse' or 'accept' a checkpoint of other data or of another number of processes."""
     record: Mapping[str, Any] = {}
     """What else a checkpoint says of whom it belongs to (`rltoken.identity.changed`)."""
+    notes_steps = False
+    """Whether `save_last_step` is to be possible: in the middle of a step more has changed than a checkpoint holds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._order: Any = None
         self._scratch: Path | None = None
         self._sums: Mapping[str, Any] | None = None
+        self._noted: dict[str, Any] | None = None
+        self._rewound: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_AtTrainBegin(self._restore_sums))
+        self.add_callback(_Calls(self._restore_sums, self._note_step))
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
@@ -91,7 +100,28 @@ class SavingTrainer(GRPOTrainer):
             text = text.replace("[None](https://huggingface.co/None)", f"`{source}`")
             path.write_text(text.replace('model="None"', f'model="{path.parent / "final"}"'), encoding="utf-8")
 
+    def save_last_step(self) -> None:
+        """Save the last finished step from the middle of the next one, as if that had not begun.
+
+        Every rank must call it. Before the first step there is nothing to save.
+        """
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._noted is None or self.state.global_step == 0 or (folder / resume.MANIFEST).exists():
+            return
+        rng.put_back(self._noted["rng"])
+        self.state.num_input_tokens_seen, self._rewound = self._noted["tokens"], self._noted["left_out"]
+        self._save_checkpoint(self.model, trial=None)
+
     # Saving
+
+    def _note_step(self) -> None:
+        """Note what the step that begins will change besides weights; stage state is changed in place, so copied."""
+        if self.notes_steps:
+            self._noted = {
+                "rng": rng.states(),
+                "tokens": self.state.num_input_tokens_seen,
+                "left_out": self._left_out() | {"extra": copy.deepcopy(self.checkpoint_state())},
+            }
 
     def _save_checkpoint(self, model, trial):
         run = Path(self._get_output_dir(trial=trial))
@@ -120,13 +150,17 @@ class SavingTrainer(GRPOTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _save_what_is_left_out(self, folder: Path) -> None:
-        state = {
+    def _left_out(self) -> dict[str, Any]:
+        """What transformers and TRL leave out of a checkpoint, as it is now."""
+        return {
             "step": self._step,
             "window": self._buffered_inputs,
             "sums": self._sums_since_the_last_log(),
             "extra": self.checkpoint_state(),
         }
+
+    def _save_what_is_left_out(self, folder: Path) -> None:
+        state = self._rewound or self._left_out()
         (folder / self._state_file).write_bytes(_loadable(state))
         if self.args.sync_ref_model and self.args.should_save:
             torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)

@@ -1,16 +1,17 @@
-"""vLLM in the training process on a machine without a GPU: what it needs there, and what it cannot do.
+"""vLLM on a machine without a GPU: what it needs there, and what it cannot do.
 
-Loaded only where a run samples with vLLM on a CPU. TRL asks for an engine as it would on a GPU; that one would sample a
-float32 model in bfloat16 and refuse the trainer's weights. On a GPU nothing here is used.
+Loaded only where a run samples with vLLM on a CPU, in its own process or from a server. TRL asks for an engine as it
+would on a GPU; that one would sample a float32 model in bfloat16 and refuse the trainer's weights. On a GPU nothing
+here is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,17 @@ CACHE_BYTES = 2**30
 """Memory for keys and values; vLLM lets VLLM_CPU_KVCACHE_SPACE, in GiB, go before it."""
 BLOCK_TOKENS = 32
 """Contexts share the keys and values of whole blocks: vLLM's 128 tokens would hold few pieces of thinking."""
+TRANSFER = "rltoken_file"
+"""How a server gets weights (`vllm_cpu_worker.FileEngine`); vLLM's own ways need CUDA."""
+SETTINGS = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": CACHE_BYTES,
+    "block_size": BLOCK_TOKENS,
+    "worker_cls": "rltoken.rollout.vllm_cpu_worker.Worker",
+}
+"""What an engine here needs, as fields of vLLM's engine arguments."""
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Two engines on one core is what vLLM's own binding would make of two runs."""
 
 
 def refuse(trainer: Mapping[str, Any]) -> None:
@@ -89,25 +101,14 @@ def engine(dtype: torch.dtype, **settings: Any) -> LLM:
     from vllm import LLM
 
     compiler.disable = True  # vLLM decorates functions for a compiler that a machine may not have
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or two runs would share one core
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    here = {"dtype": dtype, "enforce_eager": True, "kv_cache_memory_bytes": CACHE_BYTES, "block_size": BLOCK_TOKENS}
-    with forked_rng(), _replaceable_linears():
-        return LLM(**settings | here)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with forked_rng():
+        return LLM(**settings | {"dtype": dtype} | SETTINGS)
 
 
-@contextlib.contextmanager
-def _replaceable_linears() -> Iterator[None]:
-    """Keep weights where they are loaded inside the context: packed for oneDNN, they could not be replaced."""
-    from vllm.model_executor.layers import utils
-
-    stock = utils.dispatch_cpu_unquantized_gemm
-    utils.dispatch_cpu_unquantized_gemm = _plain_linear
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = stock
-
-
-def _plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
+def server_arguments() -> list[str]:
+    """The command line of a server that samples as `engine` does and takes a trainer's weights from files."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items() if value is not True]
+    switches = [f"--{name.replace('_', '-')}" for name, value in SETTINGS.items() if value is True]
+    return [*arguments, *switches, f"--weight-transfer-config={json.dumps({'backend': TRANSFER})}"]

@@ -1,6 +1,6 @@
-"""The private names of TRL and transformers that `rltoken.trl_compat` and `trl_saving` touch, as they were then.
+"""The private names of TRL and transformers that the modules `rltoken.trl_*` touch, as they were then.
 
-When TRL changes, these tests say what exactly did; read the new code, mend `trl_compat`, then mend the snapshot.
+When TRL changes, these tests say what exactly did; read the new code, mend those modules, then mend the snapshot.
 """
 
 import ast
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +74,20 @@ BODIES = {
 """Hashes of the bodies whose inner workings the seams rely on, without comments and layout."""
 
 
+VLLM_BODIES = {
+    "VLLMGeneration._init_vllm": "a2daeb6b0d287c62",
+    "VLLMGeneration._iter_named_params": "76dd868b0814e1fc",
+    "VLLMGeneration.sync_weights": "71549bf6480a2ed5",
+    "VLLMGeneration.generate": "f902129a8b88cd3e",
+    "VLLMClient.__init__": "348d6c3979bd0020",
+    "VLLMClient.init_communicator": "ce4dcf35ec5f4e77",
+    "VLLMClient.generate": "bf05d21fc5452807",
+    "VLLMClient.update_named_params": "aa56c32bc52216bb",
+    "VLLMClient.reset_prefix_cache": "4b98911caeb85e6a",
+}
+"""The same for what `trl_vllm` and `trl_vllm_client` rely on."""
+
+
 def parameters(function):
     return f"({', '.join(inspect.signature(function).parameters)})"
 
@@ -92,6 +108,16 @@ def test_bodies(name):
     assert body_hash(getattr(GRPOTrainer, name)) == BODIES[name], (
         f"TRL changed the body of GRPOTrainer.{name}: read what changed, see that rltoken/trl_compat.py still fits and "
         "that tests/trl passes, then put the new hash here"
+    )
+
+
+@pytest.mark.parametrize("name", VLLM_BODIES)
+def test_bodies_of_the_vllm_path(name):
+    cls, _, method = name.partition(".")
+    found = getattr({"VLLMGeneration": VLLMGeneration, "VLLMClient": VLLMClient}[cls], method)
+    assert body_hash(found) == VLLM_BODIES[name], (
+        f"TRL changed the body of {name}: read what changed, see that rltoken/trl_vllm.py and trl_vllm_client.py still "
+        "fit and that scripts/test_vllm.sh passes, then put the new hash here"
     )
 
 
@@ -124,11 +150,12 @@ def test_attributes_are_still_set(name):
 
 def test_only_trl_compat_touches_private_names():
     private = {name for cls in (GRPOTrainer, Trainer) for name in vars(cls) if name.startswith("_") and name[1] != "_"}
+    private |= {name for cls in (VLLMGeneration, VLLMClient) for name in vars(cls) if name[0] == "_" != name[1]}
     private |= {name for name in ATTRIBUTES if name.startswith("_")}
     own = {"_check"}
     offenders = []
     for path in [*ROOT.glob("rltoken/**/*.py"), *ROOT.glob("rewards/**/*.py"), *ROOT.glob("scripts/*.py")]:
-        if path.name in ("trl_compat.py", "trl_saving.py"):
+        if path.name.startswith("trl_"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "name", "")
@@ -144,10 +171,11 @@ def test_the_subclass_hides_no_new_name():
     from rltoken.trainer import TokenGRPOTrainer
     from rltoken.trl_compat import SeamTrainer
     from rltoken.trl_saving import SavingTrainer
+    from rltoken.trl_vllm import VLLMTrainer
 
     ours = {
         name
-        for cls in (SavingTrainer, SeamTrainer, TokenGRPOTrainer)
+        for cls in (SavingTrainer, VLLMTrainer, SeamTrainer, TokenGRPOTrainer)
         for name in vars(cls)
         if not name.startswith("__")
     }

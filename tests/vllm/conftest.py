@@ -14,6 +14,7 @@ from rltoken.rollout.forced import encode_template
 from rltoken.trainer import TokenGRPOTrainer
 from tests.cli.conftest import cache, cli
 from tests.trl.conftest import arguments, tiny, token_parity
+from tests.vllm.servers import Served
 
 __all__ = ["cache", "cli", "tiny"]
 
@@ -44,12 +45,38 @@ def untied(tiny, tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def server(tiny, tmp_path_factory):
+    """A server that was started for the tiny random model; every trainer gives it weights of its own."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    served = Served(log, "model=hf", f"model.path={tiny[0]}", "model.dtype=float32")
+    try:
+        yield served.wait()
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="session")
+def untied_server(untied, tmp_path_factory):
+    """The same for the model whose head has weights of its own."""
+    log = tmp_path_factory.mktemp("untied-server") / "log.txt"
+    served = Served(log, "model=hf", f"model.path={untied}", "model.dtype=float32")
+    try:
+        yield served.wait()
+    finally:
+        served.kill()
+
+
 @pytest.fixture
 def make(tiny, tmp_path):
-    """make(stages={}, folder=None, lora=False, **changes) -> a trainer that samples with vLLM, shut down in the end."""
+    """make(stages={}, folder=None, lora=False, server=None, **changes) -> a trainer that samples with vLLM.
+
+    It has an engine of its own, shut down in the end, or a server's.
+    """
     with contextlib.ExitStack() as engines:
 
-        def trainer(stages=None, *, folder=None, lora=False, max_logp_difference="auto", **changes):
+        def trainer(stages=None, *, folder=None, lora=False, server=None, **changes):
+            ours = {key: changes.pop(key) for key in ("max_logp_difference", "patience") if key in changes}
             path, tokenizer, dataset = tiny
             path = folder or path
             made = TokenGRPOTrainer(
@@ -58,7 +85,9 @@ def make(tiny, tmp_path):
                 args=arguments(
                     changes.pop("output_dir", tmp_path / "run"),
                     use_vllm=True,
-                    vllm_mode="colocate",
+                    vllm_mode="server" if server else "colocate",
+                    vllm_server_base_url=server and server.url,
+                    vllm_server_timeout=5.0,
                     vllm_importance_sampling_mode="token_truncate",
                     **changes,
                 ),
@@ -67,7 +96,7 @@ def make(tiny, tmp_path):
                 peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
                 pipeline=build(stages or {}),
                 template=encode_template(tokenizer, think_end="</think>"),
-                max_logp_difference=max_logp_difference,
+                **ours,
             )
             engines.callback(made.close)
             return made

@@ -1,5 +1,6 @@
-"""The engine samples from the weights that are trained, after every step; where it does not, the run stops."""
+"""vLLM samples from the weights that are trained, after every step; where it does not, the run stops."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from peft.tuners.lora import LoraLayer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from rltoken.errors import UserError
+from rltoken.methods import brpo
 from rltoken.rollout import vllm_cpu
+from rltoken.trl_vllm_client import Client
 from tests.vllm.conftest import logged
 
 LARGEST = "sampling/sampling_logp_difference/max"
@@ -29,10 +32,20 @@ def test_five_steps_from_the_command_line(cli, exp, weights):
     assert all(line["sampling/kept/longer_half"] == 1 for line in lines if "sampling/kept/longer_half" in line)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lora", [False, True])
-def test_large_steps_of_a_tied_and_an_untied_model(make, untied, tied, lora):
-    trainer = make(folder=None if tied else untied, lora=lora, max_steps=5)
+ANSWERS = functools.partial(brpo.budget_answers, budgets=[8, 16], longest=16, n_summaries=2, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("where", ["colocate", "server"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["grpo", "brpo"])
+def test_five_large_steps(make, untied, request, where, tied, lora, method):
+    server = request.getfixturevalue("server" if tied else "untied_server") if where == "server" else None
+    trainer = make(
+        {"rows": {"brpo": ANSWERS}} if method == "brpo" else {},
+        folder=None if tied else untied, lora=lora, server=server, max_steps=5, max_completion_length=16,
+        loss_type="dr_grpo",
+    )  # fmt: skip
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     assert max((value - before[name]).abs().max() for name, value in trainer.model.named_parameters()) > 1e-2
@@ -47,8 +60,25 @@ def test_a_stale_head_stops_the_run(make, untied, monkeypatch):
         yield from (item for item in stock(self) if item[0] != "lm_head.weight")
 
     monkeypatch.setattr(VLLMGeneration, "_iter_named_params", without_head)
-    with pytest.raises(UserError, match=STOPPED.replace(r"\d+", "1")):
+    with pytest.raises(
+        UserError, match=r"after the hand-over of step 1 vLLM serves other weights .*head and last norm"
+    ):
         make(folder=untied).train()
+
+
+def test_a_layer_that_a_server_keeps_stops_the_run(make, server, monkeypatch):
+    stock = Client.update_named_params
+
+    def damaged(self, metadata, params):
+        stock(
+            self,
+            metadata,
+            ((name, value.bfloat16().float() if "layers.0" in name else value) for name, value in params),
+        )
+
+    monkeypatch.setattr(Client, "update_named_params", damaged)
+    with pytest.raises(UserError, match=r"after the hand-over of step 0 vLLM serves other weights .*\(layer 0\)"):
+        make(server=server).train()
 
 
 def test_another_dtype_stops_the_run(make, monkeypatch):

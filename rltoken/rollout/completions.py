@@ -1,0 +1,127 @@
+"""Many completions from a server that speaks vLLM's completions API, and a stop where it dies or stands still.
+
+Every request carries its own seed, so that asking again for what was lost gives the same tokens: a request that fails
+is repeated with growing pauses. Nothing waits for ever: what counts is progress of the whole call, in completions that
+came and in tokens that the server counts in its `/metrics`. Long completions may take as long as they need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from rltoken.errors import SamplerLost, UserError, first_line
+
+CONNECTIONS = 512
+"""Requests on their way at once; the server queues what it cannot run."""
+LONGEST_PAUSE = 30.0
+CONNECT_SECONDS = 10.0
+LOOKS = 20
+"""How often within the patience the server's counters are read."""
+_COUNTED = re.compile(r"^vllm:(?:generation|prompt)_tokens_total\S* (\S+)$", re.M)
+
+
+@dataclass
+class Watch:
+    """What is known of a call's progress.
+
+    Attributes:
+        asked: completions asked for; `done` those that came.
+        tokens: what the server has counted, prompts included.
+        at: when there was progress last, in seconds of `time.monotonic`; `clock` the same as time of day.
+        failed: the last error of a request, empty where none failed.
+    """
+
+    asked: int
+    done: int = 0
+    tokens: float = 0.0
+    at: float = field(default_factory=time.monotonic)
+    clock: str = field(default_factory=lambda: time.strftime("%H:%M:%S"))
+    failed: str = ""
+
+    def progressed(self) -> None:
+        """Note that something has moved."""
+        self.at, self.clock = time.monotonic(), time.strftime("%H:%M:%S")
+
+    def told(self, url: str, patience: float) -> str:
+        """Why the call was given up."""
+        because = f", last error: {self.failed}" if self.failed else ""
+        return (
+            f"the server at {url} made no progress for {patience:g} s (rollout.patience): {self.done} of {self.asked} "
+            f"completions had come, something last moved at {self.clock}{because}"
+        )
+
+
+def complete(url: str, payloads: Sequence[Mapping[str, Any]], *, patience: float) -> tuple[list[dict[str, Any]], bool]:
+    """One completion for each payload of `POST URL/v1/completions`.
+
+    Args:
+        url: of the server, without `/v1`.
+        payloads: requests of one prompt and one sample each, with a seed where sampling is random.
+        patience: seconds without any progress after which to give up.
+
+    Returns:
+        The first choice of each answer, and whether any request had to be repeated.
+
+    Raises:
+        SamplerLost: the server cannot be reached or made no progress for so long.
+        UserError: the server refuses a request.
+    """
+    return asyncio.run(_complete(url, payloads, patience))
+
+
+async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: float) -> tuple[list[Any], bool]:
+    watch = Watch(len(payloads))
+    limits = httpx.Limits(max_connections=CONNECTIONS)
+    async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=limits) as client:
+        requests = asyncio.gather(*(_one(client, url, payload, watch) for payload in payloads))
+        guard = asyncio.create_task(_guard(client, url, watch, patience))
+        try:
+            await asyncio.wait([requests, guard], return_when=asyncio.FIRST_COMPLETED)
+            if not requests.done():
+                raise SamplerLost(f"trainer.vllm_server_base_url: {watch.told(url, patience)}.")
+            return await requests, bool(watch.failed)
+        finally:
+            guard.cancel()
+            requests.cancel()
+            await asyncio.gather(requests, guard, return_exceptions=True)
+
+
+async def _one(client: httpx.AsyncClient, url: str, payload: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+    """One completion, asked for again and again; whoever guards the call ends it."""
+    pause = 1.0
+    while True:
+        try:
+            response = await client.post(f"{url}/v1/completions", json=payload)
+            if response.status_code < 500:
+                break
+            watch.failed = f"status {response.status_code}: {response.text[:200]}"
+        except httpx.TransportError as error:
+            watch.failed = f"{type(error).__name__} {first_line(error)}".strip()
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    if response.status_code != 200:
+        raise UserError(f"trainer.vllm_server_base_url: {url} refuses a request: {response.text[:300]}")
+    watch.done += 1
+    watch.progressed()
+    return response.json()["choices"][0]
+
+
+async def _guard(client: httpx.AsyncClient, url: str, watch: Watch, patience: float) -> None:
+    """Return once there was no progress for `patience` seconds."""
+    while time.monotonic() - watch.at < patience:
+        await asyncio.sleep(patience / LOOKS)
+        try:
+            response = await client.get(f"{url}/metrics", timeout=max(1.0, patience / LOOKS))
+        except httpx.TransportError:
+            continue
+        tokens = sum(map(float, _COUNTED.findall(response.text)))
+        if tokens > watch.tokens:
+            watch.progressed()
+        watch.tokens = tokens

@@ -1,0 +1,95 @@
+"""Start the vLLM server that a training run samples from: `python -m rltoken.serve +exp=brpo rollout=vllm_server`.
+
+It takes the overrides of `rltoken.train`, so that model, dtype and port cannot differ, prints the command of vLLM that
+it becomes, and serves until it is interrupted. More options of vLLM: 'rollout.server_options=[--max-num-seqs=64]'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from urllib.parse import urlparse
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from rltoken import adapters, cli, config
+from rltoken.errors import UserError
+
+EXTENSION = "rltoken.rollout.vllm_worker.Fingerprinted"
+
+
+def main() -> None:
+    """The entry point."""
+    cli.main(_job, "config", config.TOP_LEVEL, "interrupted; no server was started")
+
+
+@hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="config", version_base="1.3")
+def _job(cfg: DictConfig) -> None:
+    cli.attempt(lambda: serve(cfg))
+
+
+def serve(cfg: DictConfig) -> None:
+    """Become vLLM's server for the model of a configuration.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from rltoken import models, parts
+
+    adapters.settle(cfg)
+    config.check_keys(cfg)
+    OmegaConf.resolve(cfg)
+    cfg.trainer.use_vllm = True
+    args = config.to_grpo_config(cfg.trainer, output_dir=cfg.runs_dir, seed=cfg.seed)
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else models.chosen_dtype(cfg.model.dtype)
+    on_cpu = args.device.type == "cpu"
+    command = [sys.executable, *arguments(cfg, parts.base(cfg.model), str(dtype).removeprefix("torch."), on_cpu)]
+    print(shlex.join(command), file=sys.stderr, flush=True)
+    os.execve(command[0], command, environment(on_cpu))
+
+
+def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str]:
+    """What Python is to run: vLLM's server with what a trainer needs of it.
+
+    Raises:
+        UserError: vLLM on a CPU cannot serve the model.
+    """
+    trainer = cfg.trainer
+    url = urlparse(trainer.vllm_server_base_url or f"http://{trainer.vllm_server_host}:{trainer.vllm_server_port}")
+    if url.hostname is None or url.port is None:
+        raise UserError(
+            f"trainer.vllm_server_base_url: {trainer.vllm_server_base_url} names no host and port; write "
+            "http://HOST:PORT, or set trainer.vllm_server_host and trainer.vllm_server_port."
+        )
+    given = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--host={url.hostname}"]
+    given += [f"--port={url.port}", f"--dtype={dtype}", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1"]
+    given.append("--disable-uvicorn-access-log")
+    if trainer.vllm_max_model_length is not None:
+        given.append(f"--max-model-len={trainer.vllm_max_model_length}")
+    if cfg.model.trust_remote_code:
+        given.append("--trust-remote-code")
+    if on_cpu:
+        from rltoken.rollout import vllm_cpu
+
+        vllm_cpu.refuse_model(model, trust_remote_code=cfg.model.trust_remote_code)
+        given += vllm_cpu.server_arguments()
+    else:
+        given += [f"--worker-extension-cls={EXTENSION}", f"--weight-transfer-config={json.dumps({'backend': 'nccl'})}"]
+    return [*given, *map(str, cfg.rollout.server_options)]
+
+
+def environment(on_cpu: bool) -> dict[str, str]:
+    """This process's environment with what the server needs: development endpoints take the weights."""
+    found = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    if not on_cpu:
+        return found
+    from rltoken.rollout import vllm_cpu
+
+    return vllm_cpu.ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"} | found
+
+
+if __name__ == "__main__":
+    main()
