@@ -117,7 +117,7 @@ def test_a_server_lost_in_the_middle_of_a_window(cache, tmp_path, number, save_s
     ]  # fmt: skip
     try:
         left = run(tmp_path, cache, *settings)
-        _, err = left.communicate(timeout=300)
+        _, err = left.communicate(timeout=500)
         lost = float((tmp_path / "killed_at").read_text())
         assert left.returncode == 75 and "Traceback" not in err, err
         assert re.search(CLEAN_STOP, err.replace("\n", " ")), err
@@ -128,7 +128,7 @@ def test_a_server_lost_in_the_middle_of_a_window(cache, tmp_path, number, save_s
             served.kill()
             served = Served(tmp_path / "log.txt", *TINY["model="], port=served.port, RLTOKEN_CACHE=str(cache)).wait()
         again = run(tmp_path, cache, *settings, "resume=auto")
-        _, err = again.communicate(timeout=300)
+        _, err = again.communicate(timeout=500)
         assert again.returncode == 0, err
     finally:
         served.kill()
