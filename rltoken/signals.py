@@ -19,7 +19,7 @@ from torch import Tensor
 from rltoken.types import Progress
 
 NEVER_GATHERED = frozenset({"old_hidden"})
-SHARED = frozenset({"progress", "rng"})
+SHARED = frozenset({"progress", "rng", "head"})
 ROW_INDICES = frozenset({"parent", "group"})
 """Signals that number rows or groups: each rank's are shifted when they are gathered."""
 

@@ -28,7 +28,7 @@ from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
 
 NO_TEMPLATE = Template(think_end_id=None, cut=())
-FORWARD = ("mask", "ids", "old_logps", "progress")
+FORWARD = ("mask", "ids", "old_logps", "progress", "head")
 """Window signals that a forward has of itself, so that they need not ride along with the rows."""
 CARRIED = "signal_"
 """Prefix of the keys under which the other ones do."""
@@ -383,6 +383,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "old_entropy": lambda: old["pass"].entropy,
                 "old_hidden": lambda: old["pass"].hidden,
                 "ref_logps": lambda: self.reference_logps(window),
+                "head": lambda: self.head,
                 # what the token stages replace
                 "eps_low": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_low), device=device),
                 "eps_high": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_high), device=device),
@@ -449,6 +450,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "advantages": lambda: per_token(inputs["advantages"], logps),
                 "old_logps": lambda: old_logps,
                 "progress": lambda: self.progress,
+                "head": lambda: self.head,
                 "logps": lambda: logps,
                 "entropy": lambda: entropy,
                 "hidden": lambda: hidden,
@@ -600,6 +602,11 @@ class TokenGRPOTrainer(SeamTrainer):
             raise UserError(
                 "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory is known with "
                 "beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
+            )
+        if self.pipeline.needs("head") and not self.has_plain_head:
+            raise UserError(
+                "model.path: a stage names 'head', but this model caps or scales its logits, or FSDP or ZeRO-3 splits "
+                "its head over ranks; leave the stage out, or choose another model or no such sharding."
             )
         if self.aux_loss_enabled and (self.pack_tokens is not None or self.pipeline["rows"]):
             raise UserError(

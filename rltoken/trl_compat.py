@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
@@ -26,11 +27,21 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_ada
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
 from rltoken.trl_vllm import VLLMTrainer
+from rltoken.types import Head
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""
 REFERENCE_ADAPTER = "ref"
 """TRL's name for the frozen copy of an adapter that is trained further."""
+
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+"""Settings of a model by which TRL's fused head scales or caps logits."""
 
 
 @dataclass
@@ -337,6 +348,20 @@ class SeamTrainer(VLLMTrainer):
             return True
         model = self.accelerator.unwrap_model(self.model)
         return isinstance(model, PeftModel) or bool(model.config._name_or_path)
+
+    @property
+    def head(self) -> Head:
+        """The head as TRL's fused forward uses it, without gradient."""
+        embeddings = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        bias = embeddings.bias
+        return Head(embeddings.weight.detach(), None if bias is None else bias.detach(), self.temperature)
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether `head` can be had: logits linear in the hidden state, whole weights on every rank."""
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        changed = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES)
+        return not (changed or self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     @property
     def runs_tools(self) -> bool:

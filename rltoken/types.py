@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 THINKING = "thinking"
 """The kind of a row that TRL sampled itself; what the divisors of the loss count."""
@@ -43,6 +44,7 @@ SCORED = {
     "old_entropy": "[B, T] float: its entropy in nats",
     "old_hidden": "[B, T, H]: its hidden state that produces each token (after the final norm)",
     "ref_logps": "[B, T] float: log-probabilities under the frozen reference model",
+    "head": "Head: makes logits of hidden states, with the weights as they are now",
 }
 """Signals of a scored window: whole groups, before TRL shuffles the rows."""
 
@@ -74,6 +76,30 @@ class Progress:
     def fraction(self) -> float:
         """Share of the run that is done, in [0, 1]."""
         return min(1.0, self.step / max(1, self.max_steps))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The language model head: logits = (weight h + bias) / temperature.
+
+    `weight` is [V, H], `bias` [V] or None, neither with gradient; `temperature` is that of sampling.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+
+    def logits(self, hidden: Tensor, entries: Tensor) -> Tensor:
+        """[n, v] logits of the vocabulary's `entries` [v] from hidden states [n, H], in float32 or better."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        made = hidden.to(dtype) @ self.weight[entries].to(dtype).T
+        return (made if self.bias is None else made + self.bias[entries].to(dtype)) / self.temperature
+
+    def logit(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """[n] logit of the token `ids` [n] that each hidden state [n, H] gave, in float32 or better."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        made = (hidden.to(dtype) * self.weight[ids].to(dtype)).sum(-1)
+        return (made if self.bias is None else made + self.bias[ids].to(dtype)) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,7 @@ class Rollout:
 
     inputs: list[dict[str, Any]]
     texts: list[Any]
-    rewards: torch.Tensor
+    rewards: Tensor
     rows: list[Row]
     progress: Progress
     group_size: int
@@ -133,7 +159,7 @@ class Rollout:
     graded: bool = True
     thinking_only: bool = False
     extras: list[dict[str, Any]] = field(default_factory=list)
-    signals: dict[str, torch.Tensor] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -177,7 +203,7 @@ class Sampler(Protocol):
 
     def grade(
         self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
         """[n, F] raw rewards of completions (token ids) to the prompts of `inputs`, each NaN where there is none.
 
         And the columns that reward functions logged for each. What they log as metrics goes under `forced/`.
@@ -192,7 +218,7 @@ class Sampler(Protocol):
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of a stream of its own: shuffled by seed, disjoint over ranks, kept in checkpoints."""
 
-    def total(self, rewards: torch.Tensor) -> torch.Tensor:
+    def total(self, rewards: Tensor) -> Tensor:
         """[n] weighted sum of [n, F] raw rewards, as TRL sums them."""
 
     def most(self, n: int) -> int:

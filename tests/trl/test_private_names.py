@@ -15,6 +15,9 @@ from transformers import Trainer
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import add_fused_lm_head
+
+from rltoken.trl_compat import LOGIT_CHANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,6 +143,12 @@ def test_what_saving_relies_on():
     assert source.count("self.state.best_global_step") == 2, "no other use, so that hiding it skips its barrier only"
     assert "self._push_from_checkpoint(output_dir)" in source
     assert "save_total_limit=self.args.save_total_limit" in source, "no limit, nothing removed"
+
+
+def test_what_makes_a_head_no_plain_linear_map():
+    source = inspect.getsource(add_fused_lm_head)
+    found = set(re.findall(r'getattr\(text_config, "(\w+)"', source)) - {"output_router_logits", "router_aux_loss_coef"}
+    assert found == set(LOGIT_CHANGES), "TRL's fused head reads other settings: see SeamTrainer.has_plain_head"
 
 
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))

@@ -45,6 +45,7 @@ def distance(one, two):
     ("method", "loss_type", "pack_tokens"),
     [
         ("tokens", "dapo", 0),
+        ("thr", "dapo", 0),
         ("rows", "grpo", 60),
         ("brpo", "dr_grpo", 60),
         pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),

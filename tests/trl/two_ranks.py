@@ -20,6 +20,7 @@ from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.length_regularised import length_regularised
+from rltoken.methods.thr import nthr, thr
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.types import Template
@@ -48,6 +49,10 @@ METHODS = {
         "weights": {"forks": functools.partial(forks, rho=0.3)},
         "ratios": {"gspo": gspo_token},
         "aux": {"bonus": functools.partial(entropy_bonus, coef=0.05)},
+    },
+    "thr": {
+        "weights": {"thr": functools.partial(thr, p=0.5, max_tokens=12), "nthr": nthr},
+        "ratios": {"gspo": gspo_token},
     },
     "rows": {
         "rows": {"force": functools.partial(forced_answer, max_new_tokens=3)},
