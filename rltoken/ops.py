@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,20 @@ def quantile(values: Tensor, q: float) -> Tensor:
     below = int(position)
     above = min(below + 1, ordered.numel() - 1)
     return torch.lerp(ordered[below], ordered[above], position - below)
+
+
+def nearest_rank(values: Tensor, q: float) -> Tensor:
+    """The `q`-quantile of a flat tensor by nearest rank: the smallest value that a share `q` of them does not exceed.
+
+    Args:
+        values: [n] float, n >= 1.
+        q: in (0, 1].
+
+    Returns:
+        A scalar, one of the values.
+    """
+    rank = math.ceil(q * values.numel() - 1e-9)  # 0.1 * 30 is a little above 3
+    return values.kthvalue(max(1, rank)).values
 
 
 def group_mean(values: Tensor, group: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ which they act:
 
 A stage acts on thinking rows unless its setting `kinds` names others: it sees those rows only, and leaves the rest
 as they were. What keeps state is an object with `__call__`, `state_dict` and `load_state_dict`.
+
+An object may also have a method `observe`, whose parameters name window signals: it sees each scored window once. A
+control keeps what it learns for the next window. What the `observe` of a forward stage returns, [B, T] or [B], rides
+along with the rows and is that stage's own signal `observed`, so that a forward can use a statistic of the window.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ from torch import Tensor
 
 from rltoken.errors import UserError, first_line, nearest
 from rltoken.ranges import check as check_settings
-from rltoken.signals import rows_of
+from rltoken.rollout.logits import told
+from rltoken.signals import NEVER_GATHERED, rows_of
 from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING, Progress
 
 if TYPE_CHECKING:
@@ -56,8 +61,10 @@ SLOTS: dict[str, dict[str, str]] = {
 }
 """The slots in the order in which they act, each with the signals that its stages may name."""
 TOKEN_SLOTS = ("bounds", "weights", "ratios")
-CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end")
+CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end", "logits")
 """What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
+OBSERVED = "observed"
+"""How a forward stage calls what its own `observe` returned."""
 KINDLESS = ("prompts", "controls", "rows", "shapes")
 AFTER_SHUFFLE_LOST = frozenset({"parent", "rng"})
 """Window signals that mean nothing in a micro-batch: row numbers, and the window's random stream."""
@@ -69,17 +76,31 @@ ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 
 @dataclass(frozen=True)
 class Stage:
-    """A callable with what its signature says: the config key, the signals it names and the kinds of rows it sees."""
+    """A callable with what its signature says: the config key, the signals it names and the kinds of rows it sees.
+
+    `observer` is its method `observe` as a stage of its own, which runs once per window.
+    """
 
     key: str
     call: Callable[..., Any]
     needs: tuple[str, ...]
     kinds: tuple[str, ...] = (THINKING,)
+    observer: Stage | None = None
 
     @property
     def live(self) -> bool:
         """Whether it runs inside the training forward."""
         return any(name in LIVE for name in self.needs)
+
+    @property
+    def observed(self) -> str:
+        """The name under which what its `observe` returns rides along with the rows."""
+        return f"{self.key}.{OBSERVED}"
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether it may set `logits`: engines are made for it before it is called."""
+        return getattr(_bare(self.call), "changes_logits", False)
 
     def copy(self) -> Stage:
         """The same stage with a copy of its state, to be tried without a trace."""
@@ -125,9 +146,23 @@ class Pipeline:
         chosen = [stage for slot in slots or SLOTS for stage in self[slot]]
         return [stage for stage in chosen if live is None or stage.live == live]
 
+    @property
+    def observers(self) -> list[Stage]:
+        """The `observe` methods of the stages that have one."""
+        return [stage.observer for stage in self.stages() if stage.observer]
+
+    def naming(self, name: str) -> list[Stage]:
+        """The stages, and methods `observe`, that name the signal."""
+        return [stage for stage in self.stages() + self.observers if name in stage.needs]
+
     def needs(self, name: str) -> bool:
         """Whether any stage names the signal."""
-        return any(name in stage.needs for stage in self.stages())
+        return bool(self.naming(name))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a control stage may change the logits of what is sampled."""
+        return any(stage.changes_logits for stage in self["controls"])
 
     def state_dict(self) -> dict[str, Any]:
         """State of each stage that keeps any, by its key."""
@@ -163,6 +198,7 @@ class Pipeline:
         _check_published(self)
         _check_alternatives(self)
         _check_controls(self, args)
+        _check_sampling(self, args)
         _check_nothing_is_discarded(self)
         _check_token_credit(self, args)
         _check_added_rows(self, args)
@@ -211,19 +247,32 @@ def act(
     Raises:
         UserError: a result of another shape, or another number of results.
     """
-    acts = [THINKING in stage.kinds] * bases[0].size(0) if kinds is None else [kind in stage.kinds for kind in kinds]
-    if not any(acts):
+    places = _places_of_its_kinds(stage, kinds or [THINKING] * bases[0].size(0))
+    if not places:
         return bases
-    if all(acts):
+    if len(places) == bases[0].size(0):
         return tuple(
             fit(stage, value, base) for value, base in zip(_results(stage, signals, bases), bases, strict=True)
         )
-    rows = torch.tensor(acts, device=bases[0].device).nonzero().squeeze(1)
+    rows = torch.tensor(places, device=bases[0].device)
     values = _results(stage, rows_of(signals, rows), bases)
     return tuple(
         base.index_copy(0, rows, fit(stage, value, base[rows]).to(base.dtype))
         for value, base in zip(values, bases, strict=True)
     )
+
+
+def look(stage: Stage, signals: Mapping[str, Any]) -> None:
+    """Let the `observe` of a control, as a stage, see the rows of its kinds of a whole window."""
+    places = _places_of_its_kinds(stage, signals["kind"])
+    if len(places) < len(signals["kind"]):
+        signals = rows_of(signals, torch.tensor(places, device=signals["mask"].device))
+    stage.run(signals)
+
+
+def _places_of_its_kinds(stage: Stage, kinds: Sequence[str]) -> list[int]:
+    """The numbers of the rows on which a stage acts, from the kind of each row."""
+    return [place for place, kind in enumerate(kinds) if kind in stage.kinds]
 
 
 def _results(stage: Stage, signals: Mapping[str, Any], bases: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -280,9 +329,12 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
         check_settings(call, settings)
     except ValueError as error:
         raise UserError(f"{key}.{first_line(error).rstrip('.')}.") from error
+    observer = _observer(slot, key, call, needs, kinds)
     for name in needs:
-        _check_signal(slot, key, name)
-    stage = Stage(key, call, tuple(needs), kinds)
+        if observer is None or name != OBSERVED:
+            _check_signal(slot, key, name)
+    needs = [f"{key}.{OBSERVED}" if name == OBSERVED else name for name in needs]
+    stage = Stage(key, call, tuple(needs), kinds, observer)
     lost = AFTER_SHUFFLE_LOST & set(needs)
     if stage.live and lost:
         raise UserError(
@@ -296,6 +348,26 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
             f"{key}: an auxiliary loss without a live signal has no gradient; name one of {', '.join(LIVE)}."
         )
     return stage
+
+
+def _observer(
+    slot: str, key: str, call: Callable[..., Any], needs: Sequence[str], kinds: tuple[str, ...]
+) -> Stage | None:
+    """The method `observe` of an object as a stage of its own; None where it has none."""
+    observe = getattr(call, "observe", None)
+    if observe is None:
+        return None
+    if slot != "controls" and not (OBSERVED in needs and not LIVE.keys().isdisjoint(needs)):
+        raise UserError(
+            f"{key}: observe() is for a control, or for a stage of the forward that names '{OBSERVED}'; this one sees "
+            "the whole window itself, so compute it there."
+        )
+    names = tuple(inspect.signature(observe).parameters)
+    for name in names:
+        _check_signal("observe", key, name)
+        if slot == "controls" and name in NEVER_GATHERED:
+            raise UserError(f"{key}: each rank has '{name}' of its own rows only, so ranks would sample differently.")
+    return Stage(key, observe, names, kinds)
 
 
 def _check_object(key: str, call: Callable[..., Any]) -> None:
@@ -315,21 +387,26 @@ def _check_object(key: str, call: Callable[..., Any]) -> None:
 
 
 def _check_signal(slot: str, key: str, name: str) -> None:
-    allowed = SLOTS[slot]
+    allowed = WINDOW if slot == "observe" else SLOTS[slot]
     if name in allowed:
         return
     if name in WINDOW or name in LIVE:
+        where = "observe()" if slot == "observe" else f"the slot '{slot}'"
         raise UserError(
-            f"{key}: the signal '{name}' cannot be had in the slot '{slot}', which runs before it exists; there are: "
+            f"{key}: the signal '{name}' cannot be had in {where}, which runs before it exists; there are: "
             f"{', '.join(allowed)}."
         )
     raise UserError(f"{key}: there is no signal '{name}'{nearest(name, allowed)}; there are: {', '.join(allowed)}.")
 
 
+def _bare(call: Callable[..., Any]) -> Any:
+    """A stage's function or object, without the settings bound to it."""
+    return call.func if isinstance(call, functools.partial) else call
+
+
 def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Split off the setting `kinds`, which is the pipeline's, unless the stage declares it itself."""
-    target = call.func if isinstance(call, functools.partial) else call
-    declared = inspect.signature(target).parameters.get("kinds")
+    declared = inspect.signature(_bare(call)).parameters.get("kinds")
     kinds = declared.default if declared is not None else (THINKING,)
     if isinstance(call, functools.partial) and "kinds" in call.keywords:
         kinds = call.keywords["kinds"]
@@ -356,7 +433,7 @@ def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generati
         )
 
 
-def check_controlled(stage: Stage, settings: Mapping[str, float], longest: int) -> None:
+def check_controlled(stage: Stage, settings: Mapping[str, Any], longest: int) -> None:
     """Refuse what a control stage may not set.
 
     Args:
@@ -364,7 +441,8 @@ def check_controlled(stage: Stage, settings: Mapping[str, float], longest: int) 
         longest: trainer.max_completion_length.
 
     Raises:
-        UserError: no dict, a name that cannot be controlled, or a length outside 1 to `longest`.
+        UserError: no dict, a name that cannot be controlled, a length outside 1 to `longest`, or logits that it did not
+            say it changes or that cannot be changed so.
     """
     if not isinstance(settings, Mapping):
         raise UserError(f"{stage.key}: the stage returned {reprlib.repr(settings)}; return a dict of settings.")
@@ -377,6 +455,13 @@ def check_controlled(stage: Stage, settings: Mapping[str, float], longest: int) 
             f"{stage.key}: a completion length of {length} is outside 1 to trainer.max_completion_length={longest}; "
             "raise that, or lower the schedule."
         )
+    if "logits" in settings:
+        if not stage.changes_logits:
+            raise UserError(f"{stage.key}: it changes logits unannounced; give it the attribute changes_logits = True.")
+        try:
+            told(settings["logits"])
+        except ValueError as error:
+            raise UserError(f"{stage.key}: {first_line(error).rstrip('.')}; see rltoken/rollout/logits.py.") from error
 
 
 def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
@@ -391,6 +476,31 @@ def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
             )
 
 
+def _check_sampling(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Refuse to change logits where the back end would not, or where nothing could be compared any more."""
+    if not pipeline.changes_logits:
+        return
+    key = next(stage.key for stage in pipeline["controls"] if stage.changes_logits)
+    if args.use_transformers_continuous_batching:
+        raise UserError(
+            f"trainer.use_transformers_continuous_batching: its generation takes no change of the logits, which {key} "
+            "makes; set it to false."
+        )
+    if args.repetition_penalty != 1:
+        raise UserError(
+            f"trainer.repetition_penalty: {key} sees the logits before the penalty with one back end and after it with "
+            "the other; set it to 1."
+        )
+    plain = args.temperature == 1 and args.top_p == 1 and (args.top_k or -1) < 0 and not args.min_p
+    compared = args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None
+    if args.use_vllm and compared and not plain:
+        raise UserError(
+            f"trainer.temperature: with {key} vLLM gives the log-probabilities of the model's own distribution, to be "
+            "compared with the trainer's; set trainer.temperature=1 trainer.top_p=1 trainer.top_k=0 trainer.min_p=null "
+            "or trainer.vllm_importance_sampling_correction=false, without trainer.off_policy_mask_threshold."
+        )
+
+
 def _check_kinds(pipeline: Pipeline) -> None:
     for stage in pipeline.stages():
         if THINKING not in stage.kinds and not pipeline["rows"]:
@@ -401,7 +511,7 @@ def _check_kinds(pipeline: Pipeline) -> None:
 
 
 def _check_published(pipeline: Pipeline) -> None:
-    for stage in pipeline.stages():
+    for stage in pipeline.stages() + pipeline.observers:
         for name in stage.needs:
             if name in PUBLISHED and not pipeline["rows"]:
                 raise UserError(
@@ -413,7 +523,7 @@ def _check_alternatives(pipeline: Pipeline) -> None:
     """Refuse two forms of one length reward, each of which would add its own terms."""
     chosen: dict[str, str] = {}
     for stage in pipeline["shapes"]:
-        home = (stage.call.func if isinstance(stage.call, functools.partial) else stage.call).__module__
+        home = _bare(stage.call).__module__
         if home.startswith(METHODS) and home in chosen:
             raise UserError(
                 f"{stage.key}: it is another form of {chosen[home]}, and each would add its terms to the reward; leave "

@@ -57,6 +57,11 @@ def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str
     Raises:
         UserError: vLLM on a CPU cannot serve the model.
     """
+    from hydra.utils import instantiate
+
+    from rltoken.pipeline import build
+    from rltoken.rollout import logits
+
     trainer = cfg.trainer
     url = urlparse(trainer.vllm_server_base_url or f"http://{trainer.vllm_server_host}:{trainer.vllm_server_port}")
     if url.hostname is None or url.port is None:
@@ -65,8 +70,11 @@ def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str
             "http://HOST:PORT, or set trainer.vllm_server_host and trainer.vllm_server_port."
         )
     given = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--host={url.hostname}"]
-    given += [f"--port={url.port}", f"--dtype={dtype}", "--logprobs-mode=processed_logprobs", "--max-logprobs=-1"]
-    given.append("--disable-uvicorn-access-log")
+    given += [f"--port={url.port}", f"--dtype={dtype}", "--max-logprobs=-1", "--disable-uvicorn-access-log"]
+    if build(instantiate(cfg.method, _convert_="object")).changes_logits:
+        given += [f"--logits-processors={logits.PROCESSOR}", f"--logprobs-mode={logits.LOGPROBS}"]
+    else:
+        given.append("--logprobs-mode=processed_logprobs")
     if trainer.vllm_max_model_length is not None:
         given.append(f"--max-model-len={trainer.vllm_max_model_length}")
     if cfg.model.trust_remote_code:

@@ -19,9 +19,10 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from rltoken.errors import UserError, first_line
-from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit
+from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit, look
 from rltoken.rng import forked_rng
 from rltoken.rollout import agreement, packs
+from rltoken.rollout.logits import Change
 from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
@@ -110,6 +111,11 @@ class TokenGRPOTrainer(SeamTrainer):
         return self.pipeline.needs("ref_logps")
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether a control stage may change the logits of what is sampled."""
+        return self.pipeline.changes_logits
+
+    @property
     def progress(self) -> Progress:
         """Optimizer steps done and to do."""
         return Progress(self.state.global_step, self.state.max_steps)
@@ -121,7 +127,8 @@ class TokenGRPOTrainer(SeamTrainer):
         self._rng = window_rng(self.args.seed, self._windows, self.accelerator.device)
         self._windows += 1
         rollout = None
-        with self.completion_limit(self._control_stages()):
+        limit, change = self._control_stages()
+        with self.completion_limit(limit), self.changing_logits(change):
             if self.pipeline["rows"]:
                 rollout = self._rows_stages(inputs)
                 inputs = rollout.inputs
@@ -137,7 +144,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._log_rollout(rows, len(inputs), rollout.metrics if rollout else {})
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
-        if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux"):
+        if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux") or self.pipeline.observers:
             local = self._local_signals(window, inputs, rows, rollout.signals if rollout else {})
             self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
             self._carry(window, local, added=len(rows) > len(inputs))
@@ -198,19 +205,22 @@ class TokenGRPOTrainer(SeamTrainer):
         for stage in self.pipeline["shapes"]:
             shape(stage.copy(), tried)
 
-    def _control_stages(self) -> int | None:
-        """Apply what the control stages set; the number of tokens to sample at most, if one sets it."""
-        settings: dict[str, float] = {}
+    def _control_stages(self) -> tuple[int | None, Change | None]:
+        """Apply what the control stages set; the tokens to sample at most and the change of logits, if one sets it."""
+        settings: dict[str, Any] = {}
         for stage in self.pipeline["controls"]:
             chosen = stage.run({"progress": self.progress, "last_window": self._last_window})
             check_controlled(stage, chosen, self.max_completion_length)
             settings |= chosen
         self.sampler.thinking_only = bool(settings.pop("stop_at_think_end", False))
-        for name, value in settings.items():
-            self.log_window_metric(f"control/{name}", float(value))
+        change = settings.pop("logits", None)
+        of_logits = {f"logits/{name}": value for name, value in (change.keywords if change else {}).items()}
+        for name, value in (settings | of_logits).items():
+            if isinstance(value, int | float):
+                self.log_window_metric(f"control/{name}", float(value))
         settings = self._configured | settings
         self.epsilon_low, self.epsilon_high = settings["epsilon"], settings["epsilon_high"]
-        return settings.get("max_completion_length")
+        return settings.get("max_completion_length"), change
 
     def _rows_stages(self, inputs: list[dict[str, Any]]) -> Rollout:
         rollout = self.sampler.roll(inputs)
@@ -266,7 +276,7 @@ class TokenGRPOTrainer(SeamTrainer):
             window["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
 
     def _credit_stages(self, window: dict[str, Any], local: Signals, world: Signals) -> None:
-        """Run what acts on the scored window, in the order credits, bounds, weights, ratios."""
+        """Run what acts on the scored window, in the order credits, bounds, weights, ratios, and what looks at it."""
         for stage in self.pipeline["credits"]:
             (advantages,) = self._on_window(stage, local, world, "advantages", neutral=0.0)
             self._refuse_token_credit_per_sequence(stage, advantages, local["mask"])
@@ -280,6 +290,13 @@ class TokenGRPOTrainer(SeamTrainer):
             window["advantages"] = per_token(window["advantages"], weights) * weights
         for stage in self.pipeline.stages("ratios", live=False):
             (window["replaced_logps"],) = self._on_window(stage, local, world, "replaced_logps")
+        for stage in self.pipeline.stages():
+            if stage.observer and stage.live:
+                for signals in (local, world):
+                    signals.put(stage.observed, torch.zeros_like(signals["advantages"]))
+                self._on_window(stage.observer, local, world, stage.observed, neutral=0.0)
+            elif stage.observer:
+                look(stage.observer, world)
 
     def _on_window(
         self, stage: Stage, local: Signals, world: Signals, *names: str, neutral: float | None = None
@@ -329,7 +346,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _old_parts(self) -> frozenset[str]:
         """What the old-log-prob pass must give: forward stages have old log-probs of their own on-policy."""
-        window_stages = self.pipeline.stages(live=False)
+        window_stages = self.pipeline.stages(live=False) + self.pipeline.observers
         parts = {part for part in ("entropy", "hidden") if self.pipeline.needs(f"old_{part}")}
         return frozenset(parts | {"logps" for stage in window_stages if "old_logps" in stage.needs})
 
@@ -363,7 +380,7 @@ class TokenGRPOTrainer(SeamTrainer):
         texts = functools.cache(lambda: self.decode(row_inputs, ids))
         for name in PUBLISHED:
             if name not in published and self.pipeline.needs(name):
-                stage = next(stage for stage in self.pipeline.stages() if name in stage.needs)
+                stage = self.pipeline.naming(name)[0]
                 raise UserError(
                     f"{stage.key}: no rows stage published '{name}'; add one that does, such as +rows=brpo."
                 )

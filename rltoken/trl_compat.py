@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
+from rltoken.rollout import logits
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
 from rltoken.trl_vllm import VLLMTrainer
@@ -246,6 +249,29 @@ class SeamTrainer(VLLMTrainer):
             yield
         finally:
             setattr(holder, name, before)
+
+    @contextlib.contextmanager
+    def changing_logits(self, change: logits.Change | None) -> Iterator[None]:
+        """Change the logits of whatever is sampled inside the context, by either back end; None leaves them."""
+        if change is None:
+            yield
+        elif self.use_vllm:
+            before = self.vllm_generation.generation_kwargs
+            asked = (before.get("extra_args") or {}) | {logits.REQUEST_KEY: logits.told(change)}
+            self.vllm_generation.generation_kwargs = before | {"extra_args": asked}
+            try:
+                yield
+            finally:
+                self.vllm_generation.generation_kwargs = before
+        else:
+            # TRL passes no processors on; what it calls is this method of the unwrapped model
+            model = self.accelerator.unwrap_model(self.model)
+            processors = LogitsProcessorList([logits.EverySequence(change)])
+            model.generate = functools.partial(model.generate, logits_processor=processors)
+            try:
+                yield
+            finally:
+                del model.generate
 
     @contextlib.contextmanager
     def _stopping_at(self, stops: Sequence[int]) -> Iterator[None]:

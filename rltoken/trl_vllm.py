@@ -22,7 +22,7 @@ from trl.generation import vllm_generation
 
 from rltoken.errors import UserError
 from rltoken.rng import request_seed
-from rltoken.rollout import fingerprint
+from rltoken.rollout import fingerprint, logits
 from rltoken.rollout.vllm_worker import Fingerprinted
 from rltoken.trl_saving import SavingTrainer
 
@@ -59,6 +59,11 @@ class VLLMTrainer(SavingTrainer):
             self.notes_steps = True
             self.vllm_generation.generate = self._raising(self.vllm_generation.generate)
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether requests will ask for a change of the logits (`rollout.logits`); asked before an engine is made."""
+        return False
+
     def close(self) -> None:
         """Shut down a vLLM engine of this process: vLLM keeps it from the garbage collector."""
         if self.use_vllm and self.vllm_mode == "colocate":
@@ -80,7 +85,9 @@ class VLLMTrainer(SavingTrainer):
 
             name, made = (
                 "VLLMClient",
-                functools.partial(Client, patience=self.patience, seeds=self._request_seeds),
+                functools.partial(
+                    Client, patience=self.patience, seeds=self._request_seeds, changes_logits=self.changes_logits
+                ),
             )
         else:
             name, made = "LLM", functools.partial(self._engine, vllm_generation.LLM, on_cpu=args.device.type == "cpu")
@@ -95,6 +102,7 @@ class VLLMTrainer(SavingTrainer):
 
     def _engine(self, stock: Callable[..., Any], *, on_cpu: bool, **settings: Any) -> Any:
         """TRL's engine in the trainer's dtype: left alone, vLLM takes that of the folder, and bfloat16 for float32."""
+        settings |= logits.ENGINE if self.changes_logits else {}
         if not on_cpu:
             return stock(dtype=self.compute_dtype, **settings)
         from rltoken.rollout import vllm_cpu

@@ -25,7 +25,7 @@ from torch import Tensor
 from trl.generation.vllm_client import VLLMClient, parse_logprobs
 
 from rltoken.errors import SamplerLost, UserError, first_line
-from rltoken.rollout import vllm_cpu, vllm_worker
+from rltoken.rollout import logits, vllm_cpu, vllm_worker
 from rltoken.rollout.completions import complete
 
 LOOK_SECONDS = 2.0
@@ -37,14 +37,17 @@ class Client(VLLMClient):
     Args:
         patience: seconds without progress after which a call is given up.
         seeds: n -> seeds of a call's n rows.
+        changes_logits: whether requests will ask for a change of the logits (`rollout.logits`).
         stock: what TRL makes its client with.
 
     Attributes:
         failure: why the last call gave nothing, None where it did.
     """
 
-    def __init__(self, *, patience: float, seeds: Callable[[int], list[int]], **stock: Any) -> None:
-        self._patience, self._seeds = patience, seeds
+    def __init__(
+        self, *, patience: float, seeds: Callable[[int], list[int]], changes_logits: bool = False, **stock: Any
+    ) -> None:
+        self._patience, self._seeds, self._changes_logits = patience, seeds, changes_logits
         self._folder: Path | None = None
         self._served: dict[str, Any] | None = None
         self.failure: UserError | None = None
@@ -72,8 +75,10 @@ class Client(VLLMClient):
         """Get ready to hand weights over: on a GPU as TRL does, on a CPU through a folder.
 
         Raises:
-            UserError: the server was started without a way to take them.
+            UserError: the server was started without a way to take them, or for a run that changes no logits.
         """
+        if self._changes_logits:
+            self._refuse_plain_logits()
         if torch.device(device).type != "cpu":
             super().init_communicator(device)
         else:
@@ -124,6 +129,7 @@ class Client(VLLMClient):
         if settings.pop("structured_outputs_regex", None) is not None:
             raise UserError("trainer.vllm_structured_outputs_regex: not with a server; use vllm_mode=colocate.")
         settings |= settings.pop("generation_kwargs", None) or {}
+        settings["vllm_xargs"] = settings.pop("extra_args", None)
         common = {"model": self.model, "return_token_ids": True, "return_tokens_as_token_ids": True, **settings}
         rows = [prompt for prompt in prompts for _ in range(n)]
         payloads = [
@@ -143,6 +149,14 @@ class Client(VLLMClient):
         ids = [choice["token_ids"] for choice in choices] or [[] for _ in rows]
         logps, logp_ids = parse_logprobs([choice["logprobs"] for choice in choices]) if choices else (ids, ids)
         return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": logps, "logprob_token_ids": logp_ids}
+
+    def _refuse_plain_logits(self) -> None:
+        found = self.get_server_info()["model_config"]
+        if any(found[name] != wanted for name, wanted in logits.ENGINE.items()):
+            raise UserError(
+                f"trainer.vllm_server_base_url: the server at {self.base_url} was started for a method that changes no "
+                "logits; start it by the same command with rltoken.serve in place of rltoken.train."
+            )
 
     def _healthy(self) -> bool:
         try:

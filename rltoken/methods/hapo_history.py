@@ -2,7 +2,7 @@
 
 Paper: Huang, Zhang and Cardie, "HAPO: Training Language Models to Reason Concisely via History-Aware Policy
 Optimization", 2025 (arXiv 2505.11225); code: HCY123902/HAPO. The formula was read in the code and agrees with what is
-recalled of the paper. Another HAPO (Heterogeneous Adaptive, arXiv 2507.21848) has nothing to do with it.
+recalled of the paper. Another HAPO (Heterogeneous Adaptive, arXiv 2509.16591) has nothing to do with it.
 
     h       shortest correct length for the prompt in all windows before this one
     f_i   = cos(min(pi/2 n_i / h, pi))                              1 at length 0, 0 at h, -1 from 2 h on

@@ -1,6 +1,7 @@
 """Signatures as declarations: what is read from them, and what is refused."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from trl import GRPOConfig
 
 from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, thinking_only
-from rltoken.pipeline import SLOTS, Stage, act, build
+from rltoken.methods.hapo_entropy import tempered
+from rltoken.pipeline import SLOTS, Stage, act, build, look
 from rltoken.ranges import Count, Range, Share
 from rltoken.types import LIVE, SAMPLED, SCORED
 
@@ -105,6 +107,17 @@ class SettingsOfCall:
         return mask
 
 
+class Observes:
+    """A stage whose signals are those of the lambda it is made with, and that observes what `observe` names."""
+
+    def __init__(self, observe, call):
+        self.observe, self.call = observe, call
+        self.__signature__ = inspect.signature(call)
+
+    def __call__(self, *needed):
+        return self.call(*needed)
+
+
 def keyword_without_value(mask, *, rho):
     return mask
 
@@ -164,6 +177,32 @@ REFUSED = {
         functools.partial(lambda rewards: rewards, kinds=("summary",)),
         r"method\.shapes\.mine\.kinds: ",
     ),
+    "an observer of what the stage sees itself": (
+        "credits",
+        Observes(lambda mask: mask, lambda rewards: rewards),
+        r"method\.credits\.mine: observe\(\) is for a control, or .* names 'observed'",
+    ),
+    "an observer whose result nobody names": (
+        "weights",
+        Observes(lambda mask: mask, lambda ratio: ratio),
+        r"method\.weights\.mine: observe\(\) is for a control, or .* names 'observed'",
+    ),
+    "an observer of the forward": (
+        "weights",
+        Observes(lambda entropy: entropy, lambda ratio, observed: observed),
+        r"method\.weights\.mine: the signal 'entropy' cannot be had in observe\(\)",
+    ),
+    "an observer of nothing that there is": (
+        "controls",
+        Observes(lambda old_entropi: None, lambda progress: {}),
+        r"method\.controls\.mine: there is no signal 'old_entropi' \(did you mean 'old_entropy'",
+    ),
+    "an observer whose state would differ between ranks": (
+        "controls",
+        Observes(lambda old_hidden: None, lambda progress: {}),
+        r"method\.controls\.mine: each rank has 'old_hidden' of its own rows only",
+    ),
+    "what nobody observed": ("weights", lambda ratio, observed: observed, r"there is no signal 'observed'"),
     "aux without gradient": ("aux", lambda old_entropy: old_entropy, r"without a live signal has no gradient"),
 }
 
@@ -192,6 +231,58 @@ def test_refused_signatures(name):
     with pytest.raises(UserError, match=message) as found:
         build({slot: {"mine": call}})
     assert "\n" not in str(found.value)
+
+
+def test_what_a_stage_observes_is_its_own():
+    pipeline = build(
+        {
+            "controls": {"c": Observes(lambda old_entropy: None, lambda progress: {})},
+            "weights": {
+                name: Observes(lambda old_hidden: old_hidden, lambda ratio, observed: observed) for name in ("v", "w")
+            },
+        }
+    )
+    (control,), (v, w) = pipeline["controls"], pipeline["weights"]
+    assert (control.live, control.observer.needs, control.observer.live) == (False, ("old_entropy",), False)
+    assert (v.live, v.needs, w.needs) == (
+        True,
+        ("ratio", v.observed),
+        ("ratio", w.observed),
+    ) and v.observed != w.observed
+    assert pipeline.needs("old_entropy") and pipeline.naming("old_hidden") == [v.observer, w.observer]
+
+
+def test_a_control_observes_thinking_rows_only():
+    seen = []
+    control = stage_of("controls", Observes(lambda mask: seen.append(mask.tolist()), lambda progress: {}))
+    mask = torch.tensor([[1, 1], [0, 1], [1, 0]])
+    look(control.observer, {"mask": mask, "kind": ["thinking", "summary", "thinking"]})
+    look(control.observer, {"mask": mask, "kind": ["thinking"] * 3})
+    assert seen == [[[1, 1], [1, 0]], mask.tolist()]
+
+
+def changing(**attributes):
+    """A control that changes logits, with attributes."""
+
+    def control(progress):
+        return {"logits": functools.partial(tempered, tau=0.1)}
+
+    vars(control).update(attributes)
+    return control
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({}, r"method\.controls\.mine: it changes logits unannounced; give it the attribute changes_logits = True"),
+        ({"changes_logits": True}, r"method\.controls\.mine: rltoken_logits: tempered\(.* is not to be called"),
+    ],
+)
+def test_a_change_of_logits_is_announced_and_can_be_called(attributes, message):
+    pipeline = build({"controls": {"mine": changing(**attributes)}})
+    assert pipeline.changes_logits == bool(attributes)
+    with pytest.raises(UserError, match=message):
+        pipeline.check(arguments())
 
 
 def test_unknown_slot_names_the_nearest():
@@ -270,11 +361,11 @@ def test_act_leaves_other_kinds_alone():
 def test_act_shows_a_stage_its_own_rows_only():
     seen = {}
 
-    def look(rewards, parent, kind):
+    def recorded(rewards, parent, kind):
         seen.update(rewards=rewards.tolist(), parent=parent.tolist(), kind=kind)
         return rewards
 
-    stage = Stage("method.credits.mine", look, ("rewards", "parent", "kind"), kinds=("summary", "thinking"))
+    stage = Stage("method.credits.mine", recorded, ("rewards", "parent", "kind"), kinds=("summary", "thinking"))
     signals = {
         "rewards": torch.tensor([1.0, 2.0, 3.0]),
         "parent": torch.tensor([0, 1, 1]),

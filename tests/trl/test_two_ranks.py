@@ -48,6 +48,7 @@ def distance(one, two):
         ("thr", "dapo", 0),
         ("rows", "grpo", 60),
         ("brpo", "dr_grpo", 60),
+        ("hapo", "dapo", 0),
         pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),
     ],
 )
@@ -56,7 +57,8 @@ def test_two_ranks_equal_one(tiny, tmp_path, method, loss_type, pack_tokens):
     two = train(2, tiny, tmp_path, method, loss_type, pack_tokens)
     assert distance(one, two) < 1e-6
     start = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).state_dict()
-    assert distance(one, start) > 1e-5
+    assert distance(start, one) > 1e-5
+    assert (method == "hapo") == ("method.controls.hapo.pivot" in one), "the state of stages is compared too"
 
 
 @pytest.mark.slow

@@ -19,10 +19,12 @@ from rltoken.methods.entropy_bonus import entropy_bonus
 from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
+from rltoken.methods.hapo_entropy import AdaptiveTemperature, Redistribution, adaptive_clip, token_average
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.thr import nthr, thr
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
+from rltoken.trl_compat import gather_list
 from rltoken.types import Template
 
 
@@ -64,6 +66,12 @@ METHODS = {
         "controls": {"brpo": functools.partial(thinking_only, budgets=[2, 4, 7], longest=8)},
         "rows": {"brpo": functools.partial(budget_answers, **BUDGETS, n_summaries=2, max_new_tokens=3)},
         "credits": {"brpo": functools.partial(brpo, prior="linear")},
+    },
+    "hapo": {
+        "controls": {"hapo": AdaptiveTemperature()},
+        "credits": {"hapo": token_average},
+        "bounds": {"hapo": adaptive_clip},
+        "weights": {"hapo": Redistribution()},
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
@@ -130,8 +138,13 @@ def main(model, data, out, rows, method, loss_type, pack_tokens):
         pack_tokens=int(pack_tokens) or None,
     )
     trainer.train()
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    stages = gather_list([trainer.pipeline.state_dict()])[-1]  # of the last rank: alike on all of them
     if trainer.accelerator.is_main_process:
-        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), out)
+        numbers = {
+            f"{key}.{name}": torch.tensor(value) for key, state in stages.items() for name, value in state.items()
+        }
+        torch.save(weights | numbers, out)
 
 
 if __name__ == "__main__":
