@@ -18,6 +18,8 @@ from rltoken.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 CONFIG = "adapter_config.json"
@@ -256,3 +258,20 @@ def _does_not_fit(key: str, adapter: str | Path, base: str, reason: str) -> User
         f"{key}: {adapter} does not fit {base}: {reason.rstrip('.')}. It was trained on {base_name(adapter)}: "
         "take that, or a copy of it."
     )
+
+
+def merged(layer: BaseTunerLayer, name: str) -> Tensor:
+    """A parameter of an adapted layer's base with its active adapters merged in; the layer is left as it was.
+
+    Args:
+        layer: with its adapters apart.
+        name: `weight` or `bias`.
+    """
+    base = layer.get_base_layer()
+    before = {key: value.detach().clone() for key, value in base.named_parameters(recurse=False)}
+    layer.merge()
+    found = getattr(base, name).detach().clone()
+    for key, value in before.items():
+        getattr(base, key).data.copy_(value)
+    layer.merged_adapters.clear()
+    return found

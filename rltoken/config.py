@@ -184,18 +184,29 @@ def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
         )
     if settings["fp16"] and not gpu:
         raise UserError("trainer.fp16: it needs a GPU; set trainer.fp16=false.")
+    check_vllm(settings, gpu)
+    if settings["use_liger_kernel"] and not is_liger_kernel_available():
+        raise UserError(
+            "trainer.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
+        )
+
+
+def check_vllm(settings: Mapping[str, Any], gpu: bool) -> None:
+    """Refuse vLLM where it is asked for and cannot be had.
+
+    Args:
+        settings: the section `trainer`.
+        gpu: whether there is one that may be used.
+
+    Raises:
+        UserError: it is not installed, or cannot do on a CPU what is set.
+    """
     if settings["use_vllm"] and not gpu:
         from rltoken.rollout import vllm_cpu
 
         vllm_cpu.refuse(settings)
     elif settings["use_vllm"] and not _installed("vllm"):
-        raise UserError(
-            "trainer.use_vllm: vLLM is not installed; run: pip install 'rltoken[vllm]', or set trainer.use_vllm=false."
-        )
-    if settings["use_liger_kernel"] and not is_liger_kernel_available():
-        raise UserError(
-            "trainer.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
-        )
+        raise UserError("trainer.use_vllm: vLLM is not installed; run: pip install 'rltoken[vllm]', or set rollout=hf.")
 
 
 def _installed(module: str) -> bool:

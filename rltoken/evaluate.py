@@ -7,8 +7,11 @@ command line says goes before it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +25,22 @@ from rltoken.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from transformers import PreTrainedTokenizerBase
+
+    from rltoken.evals.generate import Settings
+    from rltoken.evals.generators import Generator
 
 OF_A_RUN = ("world", "model", "data", "reward", "rollout", "eval")
 """Sections that a run brings with it."""
+BACK_END = ("use_vllm", "vllm_mode", "vllm_max_model_length")
+"""What a run brings of the section `trainer`: by what it samples. It is what the group `rollout` chooses."""
 TOP_LEVEL = (*OF_A_RUN, "trainer", "runs", "models", "out")
 OF_A_GROUP = {
     "world": ("world",),
     "model": ("model",),
     "data": ("data",),
     "reward": ("reward",),
-    "rollout": ("rollout",),
+    "rollout": (),
     "eval": ("eval",),
     "scale": ("data", "reward", "rollout", "eval"),
     "hardware": (),
@@ -81,6 +90,7 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     found = subjects(cfg, overrides)
     for subject in found:
         config.check_values(subject.cfg)
+        check_back_end(subject)
     refuse_differences(found)
     folder = Path(cfg.out or f"evaluations/{'-vs-'.join(subject.name for subject in found)[:80]}")
     if folder.is_file() or (folder / "metrics.json").exists():
@@ -154,10 +164,42 @@ def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subjec
             merged[section] = (
                 OmegaConf.merge(merged[section], stored[section]) if section == "eval" else stored[section]
             )
+    for key in BACK_END:
+        if "rollout" not in chosen and f"trainer.{key}" not in chosen and "trainer" in stored:
+            merged.trainer[key] = stored.trainer[key]
+            if key == "vllm_mode":  # a server that training sampled from is gone, or serves something else by now
+                merged.trainer[key] = "colocate"
     for key in chosen:
         if key.partition(".")[0] in OF_A_RUN and "." in key:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
     return Subject(f"{folder.name}-{model.name}" if inside else folder.name, str(model), merged)
+
+
+def back_end(trainer: Mapping[str, Any]) -> str:
+    """What completes the problems, by the section `trainer`: the name of a choice of the group `rollout`."""
+    return f"vllm_{trainer['vllm_mode']}" if trainer["use_vllm"] else "hf"
+
+
+def check_back_end(subject: Subject) -> None:
+    """Refuse vLLM where it cannot be had, before anything is loaded.
+
+    Raises:
+        UserError: it is not installed, or cannot do what is set; or the model is to be quantised.
+    """
+    import torch
+
+    cfg = subject.cfg
+    if back_end(cfg.trainer) == "hf":
+        return
+    try:
+        config.check_vllm(cfg.trainer, torch.cuda.is_available() and not cfg.trainer.use_cpu)
+    except UserError as error:
+        raise UserError(f"rollout: {subject.name} samples by {back_end(cfg.trainer)}. {error}") from error
+    if cfg.model.get("quantization") is not None:
+        raise UserError(
+            f"model.quantization: vLLM would serve {subject.name} with its weights as they are stored; set rollout=hf, "
+            "or model.quantization=null to evaluate it so."
+        )
 
 
 def refuse_differences(found: Sequence[Subject]) -> None:
@@ -200,18 +242,129 @@ def evaluated(subject: Subject, folder: Path, state: PartialState) -> dict[str, 
         path = subject.path or parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         problems = parts.first(parts.problems(cfg.data, "eval", tokenizer), cfg.eval.limit)
-    table = evaluate(
-        parts.model(cfg.model, path).to(state.device),
-        tokenizer,
-        problems,
-        parts.correctness(parts.rewards(cfg.reward)[0]),
-        parts.template(cfg.model, tokenizer),
-        settings_of(cfg.eval, cfg.rollout.max_thinking_tokens),
-        label=subject.name,
-    )
+    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens)
+    with generating(cfg, path, tokenizer, settings, state, folder / f".{subject.name}.merged") as generator:
+        table = evaluate(
+            generator,
+            tokenizer,
+            problems,
+            parts.correctness(parts.rewards(cfg.reward)[0]),
+            parts.template(cfg.model, tokenizer),
+            settings,
+            label=subject.name,
+        )
     if state.is_main_process:
         table.to_parquet(folder / f"{subject.name}.parquet")
     return summary(table)
+
+
+@contextlib.contextmanager
+def generating(
+    cfg: DictConfig,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    state: PartialState,
+    scratch: Path,
+) -> Iterator[Generator]:
+    """What samples from the model at `path`; with vLLM its engine ends with the context.
+
+    Args:
+        scratch: a folder beside the results, for an adapter that is merged, removed in the end.
+
+    Raises:
+        UserError: the model cannot be loaded, merged or served.
+    """
+    from rltoken import models, parts
+    from rltoken.evals.engine import engine
+    from rltoken.evals.generators import ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
+
+    if back_end(cfg.trainer) == "hf":
+        model = parts.model(cfg.model, path).to(state.device)
+        yield TransformersGenerator(model, tokenizer, temperature=settings.temperature, batch_size=settings.batch_size)
+        return
+    if back_end(cfg.trainer) == "vllm_server":
+        declared = models.generation_config(path, trust_remote_code=cfg.model.trust_remote_code)
+        yield ServerGenerator(
+            server_of(cfg.trainer, path),
+            ends_of(declared, tokenizer),
+            temperature=settings.temperature,
+            patience=cfg.rollout.patience,
+        )
+        return
+    with (
+        whole_model(cfg, path, state, scratch) as served,
+        engine(
+            served,
+            dtype=models.torch_dtype(cfg.model.dtype),
+            device=state.device,
+            processes=state.num_processes,
+            max_model_len=cfg.trainer.vllm_max_model_length,
+            gpu_memory_utilization=cfg.trainer.vllm_gpu_memory_utilization,
+            trust_remote_code=cfg.model.trust_remote_code,
+        ) as llm,
+    ):
+        declared = models.generation_config(served, trust_remote_code=cfg.model.trust_remote_code)
+        yield VllmGenerator(llm, ends_of(declared, tokenizer), temperature=settings.temperature)
+
+
+def server_of(trainer: DictConfig, path: str) -> str:
+    """Where the server is that serves the model at `path`.
+
+    Raises:
+        UserError: nobody answers there, or it serves another one.
+    """
+    import httpx
+
+    from rltoken.serve import url_of
+
+    url = url_of(trainer)
+    start = f"python -m rltoken.serve model=hf model.path={path}"
+    try:
+        response = httpx.get(f"{url}/v1/models", timeout=10)
+        found = [one["root"] for one in response.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise UserError(
+            f"trainer.vllm_server_base_url: no vLLM server answers at {url} ({type(error).__name__}); start {start}, "
+            "or set rollout=vllm_colocate or rollout=hf."
+        ) from error
+    if path not in found and os.path.realpath(path) not in map(os.path.realpath, found):
+        raise UserError(
+            f"models: the server at {url} serves {', '.join(map(str, found))}, and not {path}; start {start}, or set "
+            "rollout=vllm_colocate or rollout=hf. An adapter is served merged (python -m rltoken.merge)."
+        )
+    return url
+
+
+@contextlib.contextmanager
+def whole_model(cfg: DictConfig, path: str, state: PartialState, scratch: Path) -> Iterator[str]:
+    """The folder or hub id of a model that needs no adapter: `path`, or what is merged into `scratch`.
+
+    Raises:
+        UserError: the adapter does not fit its base, or cannot be merged into it.
+    """
+    from rltoken import merge, parts
+    from rltoken.models import torch_dtype
+
+    if not adapters.is_adapter(path):
+        yield path
+        return
+    dtype = str(torch_dtype(cfg.model.dtype)).removeprefix("torch.")
+    base, trusted = parts.base_of(cfg.model, path), cfg.model.trust_remote_code
+    try:
+        with state.main_process_first():
+            if state.is_main_process:
+                shutil.rmtree(scratch, ignore_errors=True)
+                merge.write_merged(path, base, scratch, dtype=dtype, trust_remote_code=trusted)
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+        raise UserError(f"rollout: {reason} vLLM would serve it merged into its base: set rollout=hf.") from error
+    try:
+        yield str(scratch)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def finish(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
@@ -219,7 +372,11 @@ def finish(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]],
     from rltoken import report
 
     settings = {
-        subject.name: {key: plain(OmegaConf.select(subject.cfg, key)) for key in (*SAME, LONGEST)} for subject in found
+        subject.name: {
+            **{key: plain(OmegaConf.select(subject.cfg, key)) for key in (*SAME, LONGEST)},
+            "sampled_by": back_end(subject.cfg.trainer),
+        }
+        for subject in found
     }
     results = {"settings": settings, "versions": runs.versions(), "models": summaries}
     report.curves(summaries, folder / "curves.png")

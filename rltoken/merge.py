@@ -78,8 +78,21 @@ def merge(
     folder = adapters.find(adapter, ADAPTER)
     source = _base(folder, base)
     _tell_of_quantization(folder)
-    _write(place, _made(folder, source, dtype, trust_remote_code))
+    write_merged(folder, source, place, dtype=dtype, trust_remote_code=trust_remote_code)
     print(f"merged {folder} into {source}: {out}")
+
+
+def write_merged(folder: str, source: str, place: Path, *, dtype: str, trust_remote_code: bool) -> None:
+    """Write the adapter in `folder` and its base `source` as one model to `place`, which is not there or empty.
+
+    Args:
+        dtype: of the weights that are written, one of `DTYPES`.
+        trust_remote_code: run model code that comes with the base.
+
+    Raises:
+        UserError: as `merge`.
+    """
+    _write(place, _made(folder, source, dtype, trust_remote_code))
 
 
 def _base(folder: str, given: str | None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -154,8 +155,7 @@ def load_model(
 
     Args:
         path: what `existing` or another model source returned.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where there is a CUDA device, float32 elsewhere,
-            since bfloat16 is slow and inexact on a CPU.
+        dtype: as `torch_dtype` takes it.
         attn_implementation: as in transformers; None leaves the choice to it.
         trust_remote_code: run model code that comes with the model.
         quantization: how bitsandbytes is to store the weights; None leaves them as they are.
@@ -163,10 +163,11 @@ def load_model(
     Raises:
         UserError: an unknown dtype, or a model that cannot be loaded.
     """
+    chosen = torch_dtype(dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=chosen_dtype(dtype),
+            dtype=chosen,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             quantization_config=quantization,
@@ -183,15 +184,28 @@ def load_model(
         ) from error
 
 
-def chosen_dtype(dtype: str) -> torch.dtype:
-    """What `model.dtype` means on this machine (see `load_model`).
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a model is loaded in.
+
+    Args:
+        name: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 where there is a CUDA device, float32 elsewhere,
+            since bfloat16 is slow and inexact on a CPU.
 
     Raises:
         UserError: there is no such dtype.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise UserError(f"model.dtype: there is no {dtype!r}. Set model.dtype to one of: auto, {', '.join(_DTYPES)}.")
-    return _DTYPES.get(dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    if name != "auto" and name not in _DTYPES:
+        raise UserError(f"model.dtype: there is no {name!r}. Set model.dtype to one of: auto, {', '.join(_DTYPES)}.")
+    return _DTYPES.get(name, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+
+
+def generation_config(path: str, *, trust_remote_code: bool = False) -> GenerationConfig:
+    """The generation settings that the model of a folder or hub id would be loaded with; its weights are not loaded."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_model_config(config)
 
 
 def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -25,16 +25,10 @@ def source(section: DictConfig) -> str:
     return section.get("adapter") or instantiate(section.source)
 
 
-def base(section: DictConfig) -> str:
-    """The model's folder or hub id, or the one that its adapter is put on."""
-    path = source(section)
-    return _base(section, path) if adapters.is_adapter(path) else path
-
-
 def tokenizer(section: DictConfig, path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model or adapter at `path`, checked against the section `model`."""
     if adapters.is_adapter(path) and not adapters.has_tokenizer(path):
-        path = _base(section, path)
+        path = base_of(section, path)
     return models.load_tokenizer(path, think_end=section.think_end, trust_remote_code=section.trust_remote_code)
 
 
@@ -52,7 +46,7 @@ def model(section: DictConfig, path: str, *, trainable: bool = False) -> PreTrai
         trainable: an adapter is to be trained further; a model always can be.
     """
     adapter = adapters.is_adapter(path)
-    base = _base(section, path) if adapter else path
+    base = base_of(section, path) if adapter else path
     loaded = models.load_model(
         base,
         dtype=section.dtype,
@@ -63,7 +57,7 @@ def model(section: DictConfig, path: str, *, trainable: bool = False) -> PreTrai
     return adapters.attached(loaded, path, base, trainable=trainable) if adapter else loaded
 
 
-def _base(section: DictConfig, adapter: str) -> str:
+def base_of(section: DictConfig, adapter: str) -> str:
     """What an adapter is put on: a base given beside `model.adapter`, or the one that the adapter names."""
     given = adapter == section.get("adapter") and section.get("path") is not None
     return instantiate(section.source) if given else adapters.base_of(adapter)

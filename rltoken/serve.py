@@ -44,9 +44,11 @@ def serve(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     cfg.trainer.use_vllm = True
     args = config.to_grpo_config(cfg.trainer, output_dir=cfg.runs_dir, seed=cfg.seed)
-    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else models.chosen_dtype(cfg.model.dtype)
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else models.torch_dtype(cfg.model.dtype)
     on_cpu = args.device.type == "cpu"
-    command = [sys.executable, *arguments(cfg, parts.base(cfg.model), str(dtype).removeprefix("torch."), on_cpu)]
+    path = parts.source(cfg.model)
+    path = parts.base_of(cfg.model, path) if adapters.is_adapter(path) else path
+    command = [sys.executable, *arguments(cfg, path, str(dtype).removeprefix("torch."), on_cpu)]
     print(shlex.join(command), file=sys.stderr, flush=True)
     os.execve(command[0], command, environment(on_cpu))
 
@@ -62,13 +64,7 @@ def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str
     from rltoken.pipeline import build
     from rltoken.rollout import logits
 
-    trainer = cfg.trainer
-    url = urlparse(trainer.vllm_server_base_url or f"http://{trainer.vllm_server_host}:{trainer.vllm_server_port}")
-    if url.hostname is None or url.port is None:
-        raise UserError(
-            f"trainer.vllm_server_base_url: {trainer.vllm_server_base_url} names no host and port; write "
-            "http://HOST:PORT, or set trainer.vllm_server_host and trainer.vllm_server_port."
-        )
+    trainer, url = cfg.trainer, urlparse(url_of(cfg.trainer))
     given = ["-m", "vllm.entrypoints.openai.api_server", f"--model={model}", f"--host={url.hostname}"]
     given += [f"--port={url.port}", f"--dtype={dtype}", "--max-logprobs=-1", "--disable-uvicorn-access-log"]
     if build(instantiate(cfg.method, _convert_="object")).changes_logits:
@@ -87,6 +83,21 @@ def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str
     else:
         given += [f"--worker-extension-cls={EXTENSION}", f"--weight-transfer-config={json.dumps({'backend': 'nccl'})}"]
     return [*given, *map(str, cfg.rollout.server_options)]
+
+
+def url_of(trainer: DictConfig) -> str:
+    """Where the section `trainer` says that the server is.
+
+    Raises:
+        UserError: its URL has no host or no port.
+    """
+    found = trainer.vllm_server_base_url or f"http://{trainer.vllm_server_host}:{trainer.vllm_server_port}"
+    if urlparse(found).hostname is None or urlparse(found).port is None:
+        raise UserError(
+            f"trainer.vllm_server_base_url: {found} names no host and port; write http://HOST:PORT, or set "
+            "trainer.vllm_server_host and trainer.vllm_server_port."
+        )
+    return found.rstrip("/")
 
 
 def environment(on_cpu: bool) -> dict[str, str]:

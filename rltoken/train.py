@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback, TrainerState
 
+    from rltoken.evals.generate import Settings
+    from rltoken.evals.generators import Generator
+
 
 def main() -> None:
     """The entry point."""
@@ -273,20 +276,39 @@ def evaluated(
     path = folder / f"evaluation_{phase}.parquet"
     if found := from_first_rank(str(path) if known and path.exists() else None):
         return summary(pd.read_parquet(found)) if trainer.accelerator.is_main_process else {}
-    table = evaluate(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        dataset,
-        reward,
-        trainer.template,
-        settings_of(cfg.eval, cfg.rollout.max_thinking_tokens),
-        label=f"evaluation {phase} training",
-    )
+    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens)
+    with generating(trainer, settings) as generator:
+        table = evaluate(
+            generator,
+            trainer.processing_class,
+            dataset,
+            reward,
+            trainer.template,
+            settings,
+            label=f"evaluation {phase} training",
+        )
     if trainer.accelerator.is_main_process:
         partial = path.with_suffix(".partial")
         table.to_parquet(partial)
         partial.replace(path)
     return summary(table)
+
+
+@contextlib.contextmanager
+def generating(trainer: Any, settings: Settings) -> Iterator[Generator]:
+    """What samples from the model as it stands: the trainer's vLLM engine or server, or transformers."""
+    from rltoken.evals.generators import ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
+
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    ends = ends_of(model.generation_config, tokenizer)
+    if trainer.serves_alone:
+        with trainer.serving() as llm:
+            yield VllmGenerator(llm, ends, temperature=settings.temperature)
+    elif trainer.server_url:
+        trainer.hand_over()
+        yield ServerGenerator(trainer.server_url, ends, temperature=settings.temperature, patience=trainer.patience)
+    else:
+        yield TransformersGenerator(model, tokenizer, temperature=settings.temperature, batch_size=settings.batch_size)
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:

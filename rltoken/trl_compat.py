@@ -14,7 +14,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -31,6 +31,9 @@ from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
 from rltoken.trl_vllm import VLLMTrainer
 from rltoken.types import Head
+
+if TYPE_CHECKING:
+    pass
 
 SHAPED = "shaped"
 """Name of the reward column in TRL's metrics and tables that holds the shaped reward."""

@@ -12,19 +12,26 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.generation import vllm_generation
 
+from rltoken import adapters
 from rltoken.errors import UserError
 from rltoken.rng import request_seed
 from rltoken.rollout import fingerprint, logits
 from rltoken.rollout.vllm_worker import Fingerprinted
 from rltoken.trl_saving import SavingTrainer
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """What TRL sets as a launcher would; left there, a later run or a child would take itself for one of several ranks."""
@@ -54,6 +61,8 @@ class VLLMTrainer(SavingTrainer):
         if self.vllm_mode == "colocate":
             set_seed(self.args.seed, device_specific=True)  # the engine has set every generator to its rank
             self._seed_requests()
+        if self._can_merge_apart():
+            self._merge_apart()
         self._check_weights()
         if self.vllm_mode == "server":
             self.notes_steps = True
@@ -109,6 +118,47 @@ class VLLMTrainer(SavingTrainer):
 
         return vllm_cpu.engine(self.compute_dtype, **settings)
 
+    # For requests that are not training's
+
+    @property
+    def serves_alone(self) -> bool:
+        """Whether this process has a vLLM engine that serves the whole model, so that `serving` may be used."""
+        return self.use_vllm and self.vllm_mode == "colocate" and self.args.vllm_tensor_parallel_size == 1
+
+    @property
+    def server_url(self) -> str | None:
+        """Where the vLLM server is that this trainer samples from, if any; every rank may ask it."""
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return None
+        found = self.vllm_generation
+        return found.server_base_url or f"http://{found.server_host}:{found.server_port}"
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[LLM]:
+        """The engine of this process with the weights as they stand, for requests that bring their own seeds.
+
+        Every rank must enter it. Training goes on as if nothing had been asked: no token is counted, no request takes a
+        seed of training's, and what was cached for other requests is forgotten.
+        """
+        holder, llm = self.vllm_generation, self.vllm_generation.llm
+        self.hand_over()
+        if holder.enable_sleep_mode:
+            llm.wake_up(tags=["kv_cache"])
+        seeded = vars(llm).pop("generate")
+        try:
+            yield llm
+        finally:
+            llm.generate = seeded
+            llm.reset_prefix_cache()
+            if holder.enable_sleep_mode:
+                llm.sleep(level=2)
+                holder._llm_weights_sleeping = True
+
+    def hand_over(self) -> None:
+        """Give vLLM the weights as they stand; every rank must call it."""
+        self.vllm_generation.sync_weights()
+        self._last_loaded_step = self.state.global_step  # or training would hand over the same weights once more
+
     # Seeds
 
     def _seed_requests(self) -> None:
@@ -139,16 +189,51 @@ class VLLMTrainer(SavingTrainer):
 
     # Weights
 
+    def _can_merge_apart(self) -> bool:
+        """Whether the model has adapters on whole weights that are stored as they are."""
+        model = self.accelerator.unwrap_model(self.model)
+        return (
+            isinstance(model, PeftModel)
+            and not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+            and all(value.is_floating_point() for value in model.parameters())
+        )
+
+    def _merge_apart(self) -> None:
+        """Let TRL's walk over the weights give merged ones without merging into the base.
+
+        TRL merges all adapters into the base and takes them out again, which leaves the rounding of both in weights
+        that are not trained, at every hand-over: in half precision they drift, and no resumed run finds them again.
+        """
+        generation, model = self.vllm_generation, self.accelerator.unwrap_model(self.model)
+        walk = generation._iter_named_params
+        layers = {
+            name.removeprefix("base_model.model."): module
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+
+        def apart() -> Iterator[tuple[str, Tensor]]:
+            """TRL's walk, with its own merging switched off; layer by layer the merged weights instead."""
+            model.merge_adapter = model.unmerge_adapter = lambda *args, **options: None
+            try:
+                for name, value in walk():
+                    layer, _, kind = name.rpartition(".")
+                    yield name, adapters.merged(layers[layer], kind) if layer in layers else value
+            finally:
+                del model.merge_adapter, model.unmerge_adapter
+
+        generation._iter_named_params = apart
+
     def _check_weights(self) -> None:
         """Compare what is served with what was sent after every hand-over, where the sampler can tell."""
         generation = self.vllm_generation
-        sync, walk = generation.sync_weights, generation._iter_named_params
+        sync, whole = generation.sync_weights, generation._iter_named_params
         dtype, served = self._served()
 
         def noted() -> Iterator[tuple[str, Tensor]]:
             """TRL's walk over the weights, each of which is added to what was sent."""
             self._sent = {}
-            yield from fingerprint.noted(walk(), self._sent, dtype)
+            yield from fingerprint.noted(whole(), self._sent, dtype)
 
         def checked() -> None:
             """TRL's hand-over, and a look at what has arrived."""
@@ -156,7 +241,7 @@ class VLLMTrainer(SavingTrainer):
             found = served()
             if found is None:
                 logger.warning(NOT_COMPARED)
-                generation._iter_named_params, generation.sync_weights = walk, self._raising(sync)
+                generation._iter_named_params, generation.sync_weights = whole, self._raising(sync)
             elif part := fingerprint.difference(self._sent, found):
                 self._problem = UserError(
                     f"rollout: after the hand-over of step {self.state.global_step} vLLM serves other weights than "

@@ -6,7 +6,7 @@
 
 Each back end gets a trainer of its own from the same overrides, and the server is started by rltoken.serve. They take
 turns: one window's prompts are completed, with the hand-over of weights before it as in training, then the same prompts
-by the next one. Every completion is as long as allowed, whatever ends one, so that all sample the same number of tokens.
+by the next one. Every completion is as long as allowed, whatever ends one, so that all sample equally many tokens.
 Absolute figures depend on the machine; the ratios to hf are what may be quoted.
 """
 

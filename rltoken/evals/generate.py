@@ -1,15 +1,16 @@
-"""Sample completions of a problem set with transformers, force answers at thinking budgets, and grade all of them.
+"""Sample completions of a problem set, force answers at thinking budgets, and grade all of them.
 
-Every batch of problems has a random state of its own, so the table does not depend on how many processes share the
-work; every global random state is left as it was.
+Every batch of problems, or with vLLM every request, has a random state of its own, so the table does not depend on how
+many processes share the work; every global random state is left as it was.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rltoken.errors import UserError
+from rltoken.evals.generators import Generator
 from rltoken.evals.metrics import AT_BUDGET, MALFORMED, OUTCOME, UNGRADED
 from rltoken.rewards.outcomes import Outcome
-from rltoken.rng import forked_rng
-from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, until_end, well_formed
+from rltoken.rng import forked_rng, request_seed
+from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, well_formed
 from rltoken.signals import plain_text, thinking_length
 from rltoken.types import Template
 
 Graded = tuple[float, str]
 """Correctness, and what became of the grading (`rltoken.rewards.outcomes`)."""
+CHUNK = 2048
+"""Completions that are asked for at once, at most, where each has a random stream of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Settings:
         samples: completions per problem; `temperature` 0 is greedy, for which one is enough.
         max_new_tokens: completion tokens at most; `max_answer_tokens` those of a forced answer.
         budgets: ascending thinking budgets in tokens at which an answer is forced; none by default.
-        batch_size: completions that are generated at once. It is part of what a seed reproduces.
+        batch_size: completions that transformers generates at once. It is part of what a seed reproduces there; vLLM
+            decides by itself how many it has under way.
         seed: of the sampling.
     """
 
@@ -65,39 +70,8 @@ def settings_of(config: Mapping[str, Any], longest: int) -> Settings:
     return Settings(**{name: config[name] for name in names}, budgets=tuple(budgets))
 
 
-class Generator:
-    """A model that completes lists of token ids."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
-        self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
-        declared = model.generation_config.eos_token_id
-        declared = [] if declared is None else [declared] if isinstance(declared, int) else declared
-        self.ends = frozenset([*declared, tokenizer.eos_token_id])
-
-    def complete(
-        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int] = ()
-    ) -> list[list[int]]:
-        """One continuation each, up to and with the first token that ends the sequence or is one of `stops`."""
-        ends = self.ends.union(stops)
-        sampled = {"temperature": self._temperature, "top_k": 0, "top_p": 1.0}
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=self._temperature > 0,
-            **(sampled if self._temperature > 0 else {}),
-            eos_token_id=sorted(ends),
-            pad_token_id=self._tokenizer.pad_token_id,
-            use_cache=True,
-        )
-        encoded = self._tokenizer.pad({"input_ids": contexts}, padding_side="left", return_tensors="pt")
-        encoded = encoded.to(self._model.device)
-        output = self._model.generate(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
-        )
-        return [until_end(ids, ends) for ids in output[:, encoded["input_ids"].size(1) :].tolist()]
-
-
 def evaluate(
-    model: PreTrainedModel,
+    generator: Generator,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     reward: Callable[..., list[float | None]],
@@ -112,6 +86,7 @@ def evaluate(
     (thinking that ended before a budget is answered once for all of those).
 
     Args:
+        generator: the model; its temperature is that of the settings.
         dataset: with `prompt` (conversational), `id` and what `reward` reads.
         reward: correctness in TRL's signature; None counts as wrong.
         template: what forces an answer.
@@ -131,24 +106,25 @@ def evaluate(
         )
     state = PartialState()
     jobs = [(row, sample) for row in range(len(dataset)) for sample in range(settings.samples)]
-    batches = list(enumerate(range(0, len(jobs), settings.batch_size)))[state.process_index :: state.num_processes]
-    generator = Generator(model, tokenizer, settings.temperature)
-    training = model.training
-    model.eval()
+    size = generator.together or even_chunk(len(jobs), state.num_processes)
+    batches = list(enumerate(range(0, len(jobs), size)))[state.process_index :: state.num_processes]
     tables = []
-    try:
-        with torch.no_grad(), tqdm(total=len(batches), desc=label, disable=not sys.stderr.isatty()) as bar:
-            for number, start in batches:
-                batch = jobs[start : start + settings.batch_size]
-                with forked_rng(settings.seed * 1_000_003 + number):
-                    records = _batch(generator, tokenizer, dataset, reward, template, settings, batch)
-                tables.append(pd.DataFrame.from_records(records, index=range(start, start + len(batch))))
-                bar.update()
-    finally:
-        model.train(training)
+    with torch.no_grad(), tqdm(total=len(batches), desc=label, disable=not sys.stderr.isatty()) as bar:
+        for number, start in batches:
+            batch = jobs[start : start + size]
+            with forked_rng(settings.seed * 1_000_003 + number):
+                records = _batch(generator, tokenizer, dataset, reward, template, settings, batch)
+            tables.append(pd.DataFrame.from_records(records, index=range(start, start + len(batch))))
+            bar.update()
     if state.num_processes > 1:
         tables = gather_object(tables)
     return pd.concat(tables).sort_index()
+
+
+def even_chunk(jobs: int, processes: int) -> int:
+    """How many jobs to do at once, `CHUNK` at most, so that processes that take turns do equally many."""
+    share = max(1, math.ceil(jobs / processes))
+    return math.ceil(share / math.ceil(share / CHUNK))
 
 
 def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> list[dict[str, Any]]:
@@ -157,10 +133,11 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     prompts = tokenizer.apply_chat_template(
         [example["prompt"] for example in examples], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
-    completions = generator.complete(prompts, settings.max_new_tokens)
+    seeds = [request_seed(settings.seed, *job, "completion") for job in batch]
+    completions = generator.complete(prompts, settings.max_new_tokens, (), seeds)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     graded = _graded(reward, examples, completions, texts)
-    at_budgets = _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions)
+    at_budgets = _at_budgets(generator, tokenizer, reward, template, settings, batch, examples, prompts, completions)
     return [
         {
             "id": example["id"],
@@ -180,7 +157,9 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     ]
 
 
-def _at_budgets(generator, tokenizer, reward, template, settings, examples, prompts, completions) -> list[list[Graded]]:
+def _at_budgets(
+    generator, tokenizer, reward, template, settings, batch, examples, prompts, completions
+) -> list[list[Graded]]:
     """Per completion its correctness and outcome at every budget, each from an answer forced there."""
     if not settings.budgets:
         return [[] for _ in completions]
@@ -193,17 +172,20 @@ def _at_budgets(generator, tokenizer, reward, template, settings, examples, prom
     ]
     # sorted by length, so that a batch is not padded to the longest context of all
     order = sorted(range(len(branches)), key=lambda k: len(branches[k][1].ids))
+    chosen = [branches[k][:2] for k in order]
+    answers = generator.complete(
+        [prompts[i] + prefix.ids for i, prefix in chosen],
+        settings.max_answer_tokens,
+        template.stops,
+        [request_seed(settings.seed, *batch[i], "answer", len(prefix.kept)) for i, prefix in chosen],
+    )
+    ids = [prefix.ids + answer for (_, prefix), answer in zip(chosen, answers, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    graded = _graded(reward, [examples[i] for i, _ in chosen], ids, texts)
     scores: list[Graded] = [(0.0, "")] * len(branches)
-    for start in range(0, len(order), settings.batch_size):
-        chosen = order[start : start + settings.batch_size]
-        contexts = [prompts[branches[k][0]] + branches[k][1].ids for k in chosen]
-        answers = generator.complete(contexts, settings.max_answer_tokens, template.stops)
-        ids = [branches[k][1].ids + answer for k, answer in zip(chosen, answers, strict=True)]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        graded = _graded(reward, [examples[branches[k][0]] for k in chosen], ids, texts)
-        for k, answer, (value, outcome) in zip(chosen, answers, graded, strict=True):
-            formed = well_formed(branches[k][1], answer, template, generator.ends)
-            scores[k] = (value, outcome) if formed or not value else (0.0, MALFORMED)
+    for k, answer, (value, outcome) in zip(order, answers, graded, strict=True):
+        formed = well_formed(branches[k][1], answer, template, generator.ends)
+        scores[k] = (value, outcome) if formed or not value else (0.0, MALFORMED)
     found: list[list[Graded]] = [[] for _ in completions]
     for (i, _, shared), score in zip(branches, scores, strict=True):
         found[i] += [score] * shared

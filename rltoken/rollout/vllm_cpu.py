@@ -34,6 +34,8 @@ TRANSFER = "rltoken_file"
 """How a server gets weights (`vllm_cpu_worker.FileEngine`); vLLM's own ways need CUDA."""
 SETTINGS = {
     "enforce_eager": True,
+    # Where a prompt is encoded in parts, vLLM takes back what its seed draws too early, and can so on a GPU only.
+    "enable_chunked_prefill": False,
     "kv_cache_memory_bytes": CACHE_BYTES,
     "block_size": BLOCK_TOKENS,
     "worker_cls": "rltoken.rollout.vllm_cpu_worker.Worker",
@@ -104,11 +106,13 @@ def engine(dtype: torch.dtype, **settings: Any) -> LLM:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with forked_rng():
-        return LLM(**settings | {"dtype": dtype} | SETTINGS)
+        return LLM(**settings | {"dtype": dtype, "max_num_batched_tokens": None} | SETTINGS)
 
 
 def server_arguments() -> list[str]:
     """The command line of a server that samples as `engine` does and takes a trainer's weights from files."""
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items() if value is not True]
-    switches = [f"--{name.replace('_', '-')}" for name, value in SETTINGS.items() if value is True]
-    return [*arguments, *switches, f"--weight-transfer-config={json.dumps({'backend': TRANSFER})}"]
+    given = [f"--weight-transfer-config={json.dumps({'backend': TRANSFER})}"]
+    for name, value in SETTINGS.items():
+        option = name.replace("_", "-")
+        given.append({True: f"--{option}", False: f"--no-{option}"}.get(value, f"--{option}={value}"))
+    return given

@@ -1,5 +1,6 @@
 """`python -m rltoken.evaluate`: runs and models under budgets, what it writes, and what it refuses."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 SHORT = ("eval.limit=3", "eval.samples=2", "eval.max_new_tokens=24", "eval.budgets=[4,8,24]")
@@ -120,6 +122,45 @@ def test_the_longest_thinking_matters_only_to_fractions(cli, two_runs, tmp_path)
     assert found.status == 0, found.err
     found = cli.evaluate(both, "eval.limit=1", "eval.samples=1", "eval.budgets=[0.5]", "out=shares")
     assert found.status == 2 and "rollout.max_thinking_tokens: grpo has" in found.err
+
+
+@pytest.fixture
+def sampled_by_vllm(two_runs, tmp_path):
+    """A run whose settings say that it was sampled by vLLM and thought for at most 12 tokens."""
+    folder = tmp_path / "vllm"
+    shutil.copytree(two_runs / "grpo", folder)
+    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg.trainer.use_vllm, cfg.rollout.max_thinking_tokens = True, 12
+    OmegaConf.save(cfg, folder / "config.yaml")
+    return folder
+
+
+def test_a_run_brings_what_it_was_sampled_by(cli, sampled_by_vllm, monkeypatch):
+    stock = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "vllm" else stock(name, *_))
+    for asked in ((), ("trainer.vllm_max_model_length=64",), ("data.eval.n=3",)):
+        found = cli.evaluate(f"runs=[{sampled_by_vllm}]", *asked)
+        assert found.status == 2 and not (found.cwd / "evaluations").exists()
+        assert re.match(r"error: rollout: vllm samples by vllm_colocate\. .*vLLM is not installed", found.err)
+        assert "rollout=hf" in found.err and found.err.count("\n") == 1
+    found = cli.evaluate("rollout=vllm_colocate", *SHORT)
+    assert found.status == 2 and "error: rollout: tiny samples by vllm_colocate" in found.err
+
+
+@pytest.mark.parametrize("chosen", ["rollout=hf", "trainer.use_vllm=false"])
+def test_the_command_line_says_what_samples(cli, sampled_by_vllm, chosen):
+    found = cli.evaluate(f"runs=[{sampled_by_vllm}]", chosen, *SHORT[:3], "eval.budgets=[0.5,1.0]", "out=results")
+    assert found.status == 0, found.err
+    results = json.loads((found.cwd / "results/metrics.json").read_text())
+    assert results["settings"]["vllm"]["sampled_by"] == "hf"
+    assert results["models"]["vllm"]["budgets"] == [6, 12], "the run's own longest thinking, whatever samples"
+
+
+def test_weights_in_few_bits_are_not_for_vllm(cli, sampled_by_vllm, monkeypatch):
+    monkeypatch.setattr("rltoken.config.check_vllm", lambda *_: None)
+    monkeypatch.setattr("rltoken.adapters.check_quantization", lambda *_: None)
+    found = cli.evaluate(f"runs=[{sampled_by_vllm}]", "+model.quantization={load_in_4bit: true}")
+    assert found.status == 2 and "error: model.quantization: vLLM would serve vllm with its weights as" in found.err
 
 
 def test_evaluation_never_touches_training(cli):

@@ -23,6 +23,7 @@ from rltoken import runs, train
 from rltoken.callbacks import MetricsFile, ProgressLine
 from rltoken.config import trainer_schema
 from rltoken.evals.generate import Settings, evaluate
+from rltoken.evals.generators import TransformersGenerator
 from rltoken.evals.metrics import clustered, mean_interval, paired_interval, summary
 from rltoken.rollout.forced import encode_template
 from rltoken.tiny import World, problems, warm_start
@@ -244,8 +245,9 @@ def test_evaluation_is_reproducible_and_leaves_random_states_alone(cache, monkey
     torch.manual_seed(0)
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
     dataset = problems(4, split="eval")
+    generator = TransformersGenerator(model, tokenizer, temperature=1.0, batch_size=settings.batch_size)
     one, two, other = (
-        evaluate(model, tokenizer, dataset, accuracy, template, replace(settings, seed=seed)) for seed in (1, 1, 2)
+        evaluate(generator, tokenizer, dataset, accuracy, template, replace(settings, seed=seed)) for seed in (1, 1, 2)
     )
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2]) and model.training
@@ -264,7 +266,8 @@ def test_greedy_evaluation_does_not_depend_on_batches_or_the_tokenizers_padding_
     for side, batch_size in (("left", 1), ("right", 6)):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
         settings = Settings(samples=1, temperature=0.0, max_new_tokens=16, batch_size=batch_size, seed=0)
-        table = evaluate(model, tokenizer, dataset, accuracy, Template(None, ()), settings)
+        generator = TransformersGenerator(model, tokenizer, temperature=0.0, batch_size=batch_size)
+        table = evaluate(generator, tokenizer, dataset, accuracy, Template(None, ()), settings)
         texts.append(table["text"].tolist())
     assert texts[0] == texts[1]
 

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -21,7 +22,7 @@ from rltoken import parts
 from rltoken.adapters import lora, quantization
 from rltoken.config import register_schemas
 from rltoken.errors import UserError
-from rltoken.models import existing, load_model, load_tokenizer, smollm2
+from rltoken.models import existing, generation_config, load_model, load_tokenizer, smollm2
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 WORDS = {"?": 0, "<eos>": 1, "a": 2, "b": 3, "</": 4, "think": 5, ">": 6}
@@ -111,6 +112,20 @@ def test_dtypes_and_models_that_cannot_be_loaded(tmp_path, folder):
     assert told.startswith("model.attn_implementation: 'magic' cannot be had")
     told = refused(load_model, str(tmp_path / "none"), attn_implementation="eager")
     assert told.startswith("model.path: the model")
+
+
+def test_the_ends_of_sequences_are_those_of_the_loaded_model(tmp_path):
+    folder = save_model(tmp_path / "model")
+    settings = tmp_path / "model" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 3}))
+    file = tmp_path / "model" / "generation_config.json"
+    for declared in ([1, 5], 1, None):  # None: there is no such file, and config.json speaks
+        file.unlink(missing_ok=True)
+        if declared:
+            GenerationConfig(eos_token_id=declared).save_pretrained(folder)
+        expected = declared or 3
+        assert load_model(folder, dtype="float32").generation_config.eos_token_id == expected
+        assert generation_config(folder).eos_token_id == expected
 
 
 def test_lora_settings():

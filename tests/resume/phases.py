@@ -22,7 +22,7 @@ PHASES = {
     "backward": "accelerate.Accelerator.backward",
     "saving": "rltoken.resume.write_manifest",
     "loading": "rltoken.parts.model",
-    "evaluation": "rltoken.evals.generate.Generator.complete",
+    "evaluation": "rltoken.evals.generators.TransformersGenerator.complete",
 }
 """Phase -> the function that is called in it."""
 

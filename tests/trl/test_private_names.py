@@ -63,7 +63,8 @@ ATTRIBUTES = {
     "_metrics", "_pending_extra_logs", "_step", "_buffered_inputs", "reward_func_names", "reward_weights",
     "epsilon_low", "epsilon_high", "generation_config", "eos_token_ids", "max_completion_length", "loss_type",
     "num_iterations", "use_vllm", "vllm_importance_sampling_correction", "aux_loss_enabled", "temperature",
-    "importance_sampling_level", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy",
+    "importance_sampling_level", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "_last_loaded_step",
+    "vllm_generation",
 }  # fmt: skip
 BODIES = {
     "_generate_and_score_completions": "739def7da67c5a5b",
@@ -149,6 +150,15 @@ def test_what_makes_a_head_no_plain_linear_map():
     source = inspect.getsource(add_fused_lm_head)
     found = set(re.findall(r'getattr\(text_config, "(\w+)"', source)) - {"output_router_logits", "router_aux_loss_coef"}
     assert found == set(LOGIT_CHANGES), "TRL's fused head reads other settings: see SeamTrainer.has_plain_head"
+
+
+def test_what_an_evaluation_by_the_engine_relies_on():
+    source = inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert source.count("if self.state.global_step != self._last_loaded_step") == 1, "weights are handed over by that"
+    source = inspect.getsource(VLLMGeneration)
+    assert 'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping' in source
+    assert "self.llm.sleep(level=2)\n                self._llm_weights_sleeping = True" in source
+    assert "self.llm.reset_prefix_cache()" in inspect.getsource(VLLMGeneration.sync_weights)
 
 
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))

@@ -10,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rltoken.evals import generate as evaluation
-from rltoken.evals.generate import Generator, Settings, evaluate
+from rltoken.evals.generate import Settings, evaluate
+from rltoken.evals.generators import TransformersGenerator
 from rltoken.evals.metrics import under_budgets
-from rltoken.rollout.forced import thinking_part
+from rltoken.rollout.forced import prefixes, thinking_part, well_formed
 from rltoken.rollout.shared_prefix import generate
+from rltoken.signals import plain_text
 from rltoken.types import Template
 
 PAD, EOS, END, ELLIPSIS, HEADER = 0, 1, 4, 14, 20
@@ -132,8 +134,13 @@ def settings_of(**changes):
 
 
 def table_of(tiny, reward=odd_end, template=TEMPLATE, model=None, problems=7, **changes):
-    model = model or a_model(tiny)
-    return evaluate(model, tiny[1], tiny[2].select(range(problems)), reward, template, settings_of(**changes))
+    settings = settings_of(**changes)
+    generator = generator_of(tiny, model or a_model(tiny), settings)
+    return evaluate(generator, tiny[1], tiny[2].select(range(problems)), reward, template, settings)
+
+
+def generator_of(tiny, model, settings):
+    return TransformersGenerator(model, tiny[1], temperature=settings.temperature, batch_size=settings.batch_size)
 
 
 def closing(model, taste=2.0):
@@ -159,7 +166,8 @@ def test_at_each_budget_stands_the_score_of_the_answer_forced_there(tiny):
     """Greedily, problem by problem: cut, force, answer, grade; the longest budget keeps the whole thinking."""
     model, tokenizer = closing(a_model(tiny), 0.6), tiny[1]
     dataset = tiny[2].select(range(12))
-    table = evaluate(model, tokenizer, dataset, odd_end, TEMPLATE, settings_of(temperature=0, samples=1))
+    settings = settings_of(temperature=0, samples=1)
+    table = evaluate(generator_of(tiny, model, settings), tokenizer, dataset, odd_end, TEMPLATE, settings)
     closed = 0
     for example, (_, row) in zip(dataset, table.iterrows(), strict=True):
         prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=True)
@@ -191,6 +199,43 @@ def test_thinking_that_ended_is_answered_once_for_all_budgets_after_it(tiny):
     assert len(asked) < 14 * 5
 
 
+def test_transformers_samples_a_batch_from_one_random_state(tiny):
+    """The second batch by hand: its completions in their order, then its forced answers by length, batch by batch."""
+    model, tokenizer, settings = closing(a_model(tiny)), tiny[1], settings_of()
+    rows = table_of(tiny, model=model).iloc[5:10]
+    sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+
+    def batch(contexts, **changes):
+        padded = tokenizer.pad({"input_ids": contexts}, padding_side="left", return_tensors="pt")
+        found = model.generate(**padded, generation_config=greedy(**sampled, **changes))
+        return unpadded(found[:, padded["input_ids"].size(1) :].tolist())
+
+    examples = [tiny[2][job // 2] for job in range(5, 10)]
+    prompts = tokenizer.apply_chat_template(
+        [example["prompt"] for example in examples], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11 * 1_000_003 + 1)
+        completions = batch(prompts, max_new_tokens=24)
+        cut = [
+            (i, prefix, shared)
+            for i, ids in enumerate(completions)
+            for prefix, shared in prefixes(thinking_part(ids, END), settings.budgets, TEMPLATE, frozenset([EOS]))
+        ]
+        cut.sort(key=lambda item: len(item[1].ids))
+        contexts = [prompts[i] + prefix.ids for i, prefix, _ in cut]
+        answers = [
+            ids for start in range(0, len(cut), 5) for ids in batch(contexts[start : start + 5], max_new_tokens=4)
+        ]
+    assert rows["text"].tolist() == [plain_text(text) for text in tokenizer.batch_decode(completions, True)]
+    expected = [0.0] * 5
+    for (i, prefix, shared), answer in zip(cut, answers, strict=True):
+        formed = well_formed(prefix, answer, TEMPLATE, frozenset([EOS]))
+        expected[i] += shared * formed * odd_end([prefix.ids + answer])[0]
+    assert rows[["correct@2", "correct@6", "correct@100"]].sum(axis=1).tolist() == expected
+    assert 0 < sum(expected) < 15
+
+
 class Ranks:
     """Two processes one after the other: each sees its own part, and what the others hand over."""
 
@@ -218,6 +263,47 @@ def test_the_table_does_not_depend_on_the_number_of_processes(tiny, monkeypatch,
 def test_more_processes_than_batches(tiny, monkeypatch):
     alone = table_of(tiny, batch_size=9)
     assert alone.equals(Ranks(monkeypatch, 4)(lambda: table_of(tiny, batch_size=9)))
+
+
+class Seeded:
+    """What samples each request from its own seed alone, as an engine does: tokens, and now and then an end."""
+
+    ends, together = frozenset([EOS]), None
+
+    def __init__(self):
+        self.seeds, self.calls = [], []
+
+    def complete(self, contexts, max_new_tokens, stops, seeds):
+        self.seeds += seeds
+        self.calls.append(len(contexts))
+        drawn = [random.Random(seed).choices(range(1, 60), k=max_new_tokens) for seed in seeds]
+        return [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in drawn]
+
+
+def seeded_table(tiny, problems=7, **changes):
+    generator, settings = Seeded(), settings_of(**changes)
+    table = evaluate(generator, tiny[1], tiny[2].select(range(problems)), odd_end, TEMPLATE, settings)
+    return table, generator
+
+
+@pytest.mark.parametrize(("chunk", "ranks"), [(1, 1), (5, 1), (2048, 2), (3, 3), (2048, 40)])
+def test_requests_with_seeds_of_their_own_depend_on_nothing_else(tiny, monkeypatch, chunk, ranks):
+    alone, generator = seeded_table(tiny)
+    assert generator.calls[0] == 14 and len(generator.calls) == 2, "all completions at once, and all forced answers"
+    assert len(set(generator.seeds)) == len(generator.seeds), "no two requests share a stream"
+    assert not alone.equals(seeded_table(tiny, seed=12)[0])
+    monkeypatch.setattr(evaluation, "CHUNK", chunk)
+    assert alone.equals(Ranks(monkeypatch, ranks)(lambda: seeded_table(tiny, batch_size=2)[0]))
+
+
+def test_a_part_of_the_problems_is_sampled_as_it_is_among_all(tiny):
+    assert seeded_table(tiny)[0].iloc[:6].equals(seeded_table(tiny, problems=3)[0])
+
+
+def test_the_shares_of_processes_are_even():
+    assert evaluation.even_chunk(9000, 1) == 1800 and evaluation.even_chunk(9000, 8) == 1125
+    assert evaluation.even_chunk(40_000, 8) == 1667, "three chunks of 5000 each"
+    assert evaluation.even_chunk(3, 8) == evaluation.even_chunk(0, 8) == 1
 
 
 def test_global_random_states_are_left_alone(tiny):
@@ -248,10 +334,10 @@ def test_an_abandoned_or_twice_ended_answer_is_wrong(tiny):
 
 
 def test_a_generator_stops_at_the_end_of_the_sequence_and_at_stops(tiny):
-    generator = Generator(closing(a_model(tiny)), tiny[1], 1.0)
+    generator = generator_of(tiny, closing(a_model(tiny)), settings_of(batch_size=64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rows = generator.complete(CONTEXTS * 20, 30, stops=(END,))
+        rows = generator.complete(CONTEXTS * 20, 30, (END,), range(120))
     assert generator.ends == {EOS}
     assert all(not {EOS, END} & set(row[:-1]) and 1 <= len(row) <= 30 for row in rows)
     assert {END, EOS} <= {row[-1] for row in rows}

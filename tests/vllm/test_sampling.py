@@ -100,11 +100,13 @@ def test_every_request_has_a_stream_of_its_own(make, tmp_path):
     assert all(long) and long[0].isdisjoint(long[1])
 
 
-@pytest.mark.parametrize("stopped_at", [1, 2, 3])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make, tmp_path, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "lora"), [(1, False), (2, False), (3, False), (2, True)])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make, tmp_path, stopped_at, lora):
     def weights(name, **changes):
         resume = changes.pop("resume", None)
-        trainer = make(output_dir=tmp_path / name, max_steps=4, save_strategy="steps", save_steps=1, **changes)
+        trainer = make(
+            lora=lora, output_dir=tmp_path / name, max_steps=4, save_strategy="steps", save_steps=1, **changes
+        )
         trainer.train(resume_from_checkpoint=resume)
         trainer.close()
         return trainer.model.state_dict()
@@ -112,3 +114,11 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make, tmp_path, stopped_
     straight = weights("run")
     resumed = weights("resumed", resume=str(tmp_path / "run" / f"checkpoint-{stopped_at}"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_handing_an_adapter_over_leaves_its_base_alone_to_the_last_bit(make, server):
+    for trainer in (make(lora=True), make(lora=True, server=server)):
+        before = {name: value.clone() for name, value in trainer.model.named_parameters() if "base_layer" in name}
+        trainer.train()
+        after = dict(trainer.model.named_parameters())
+        assert before and all(torch.equal(value, after[name]) for name, value in before.items())

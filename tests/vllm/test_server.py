@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
 from rltoken import trl_vllm_client
 from rltoken.errors import SamplerLost, UserError
+from rltoken.evals.generators import ServerGenerator, TransformersGenerator
+from rltoken.evaluate import server_of
+from rltoken.train import generating
 from tests.cli.conftest import TINY
 from tests.vllm.conftest import logged
 from tests.vllm.servers import ROOT, Served, free_port
+from tests.vllm.test_evaluation import assert_alike
 
 PATIENCE = 8
 CLEAN_STOP = (
@@ -92,6 +98,27 @@ def test_a_server_that_was_started_anew_in_a_window(make, server, tiny, monkeypa
     with pytest.raises(SamplerLost, match="started anew in a window"):
         trainer.train()
     assert trainer.state.global_step == 1, "the first window's weights are those that a server begins with"
+
+
+def test_an_evaluation_through_a_server_gives_what_transformers_gives(make, server):
+    trainer = make(server=server, max_steps=2)
+    trainer.train()
+    prompts = trainer.tokenize([trainer.train_dataset[i] for i in range(16)])
+    with generating(trainer, SimpleNamespace(temperature=0.0, batch_size=16)) as theirs:
+        assert isinstance(theirs, ServerGenerator)
+        ours = TransformersGenerator(trainer.model, trainer.processing_class, temperature=0.0, batch_size=16)
+        assert theirs.ends == ours.ends
+        found, expected = (one.complete(prompts, 24, (), range(16)) for one in (theirs, ours))
+    assert_alike(trainer.model, prompts, expected, found)
+
+
+def test_a_server_of_another_model_is_no_back_end_of_an_evaluation(server, tmp_path):
+    trainer = OmegaConf.create({"vllm_server_base_url": server.url})
+    with pytest.raises(UserError, match=rf"at {server.url} serves .*tiny-random.*, and not {tmp_path}; start"):
+        server_of(trainer, str(tmp_path))
+    nobody = OmegaConf.create({"vllm_server_base_url": f"http://127.0.0.1:{free_port()}"})
+    with pytest.raises(UserError, match=r"no vLLM server answers .*rltoken\.serve model=hf model\.path="):
+        server_of(nobody, str(tmp_path))
 
 
 def run(cwd, cache, *arguments):
