@@ -60,6 +60,29 @@ def nearest_rank(values: Tensor, q: float) -> Tensor:
     return values.kthvalue(max(1, rank)).values
 
 
+def top_share(values: Tensor, mask: Tensor, segment: Tensor, share: float) -> Tensor:
+    """The largest `share` of the values of each segment of rows: of n values max(1, round(share n)), halves to even.
+
+    Args:
+        values: [B, T] float.
+        mask: [B, T] 0 or 1: the values that are looked at.
+        segment: [B] long: rows of one segment share a number.
+        share: in (0, 1].
+
+    Returns:
+        [B, T] bool; of equal values the first ones in order of rows and tokens.
+    """
+    chosen = torch.zeros_like(mask, dtype=torch.bool)
+    for number in segment.unique():
+        rows = (segment == number).nonzero().squeeze(1)
+        looked_at = mask[rows].bool()
+        own = values[rows][looked_at]
+        top = own.sort(descending=True, stable=True).indices[: max(1, round(share * len(own)))]
+        picked = torch.zeros_like(own, dtype=torch.bool).index_fill(0, top, True)
+        chosen[rows] = looked_at.masked_scatter(looked_at, picked)
+    return chosen
+
+
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """Mean of each row's group, NaN left out; a group of nothing but NaN has mean NaN.
 
@@ -81,16 +104,16 @@ def group_sum(values: Tensor, group: Tensor, among: Tensor | None = None) -> Ten
     """Sum over each row's group, NaN left out; 0 for a group without a value.
 
     Args:
-        values: [B] float.
+        values: [B] float, or [B, ...] without `among`.
         group: [B] long: rows of one group share a number.
         among: [B] bool: the rows that count; all of them when None.
 
     Returns:
-        [B].
+        The shape of `values`.
     """
     _, index = group.unique(return_inverse=True)
     kept = values.nan_to_num(0.0) if among is None else values.nan_to_num(0.0).masked_fill(~among, 0.0)
-    return kept.new_zeros(int(index.max()) + 1).index_add(0, index, kept)[index]
+    return kept.new_zeros(int(index.max()) + 1, *kept.shape[1:]).index_add(0, index, kept)[index]
 
 
 def group_std(values: Tensor, group: Tensor, among: Tensor | None = None, *, correction: int = 1) -> Tensor:

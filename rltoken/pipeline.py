@@ -8,7 +8,7 @@ which they act:
     prompts   (inputs, ...) -> inputs                      before generation
     controls  (progress, last_window) -> settings          before generation
     rows      (rollout, sampler) -> rollout                added or replaced rows
-    shapes    signals -> rewards [B]                       chain
+    shapes    signals -> rewards [B] or (that, metrics)    chain
     credits   signals -> advantages [B] or [B, T]          chain
     bounds    signals -> (eps_low, eps_high)               numbers or [B, T]; the last one wins
     weights   signals -> [B, T] or [B], >= 0               multiplied together
@@ -48,15 +48,17 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 WINDOW = {**SAMPLED, **SCORED, **PUBLISHED}
+UNWEIGHTED = {name: text for name, text in LIVE.items() if name != "weight"}
+"""The live signals of the slots that act before all weights are known."""
 SLOTS: dict[str, dict[str, str]] = {
     "prompts": {name: SAMPLED[name] for name in ("inputs", "group", "progress", "rng")},
     "controls": {"progress": SAMPLED["progress"], "last_window": "LastWindow of the window before, or None"},
     "rows": {"rollout": "Rollout", "sampler": "Sampler"},
-    "shapes": SAMPLED,
+    "shapes": {**SAMPLED, **PUBLISHED},
     "credits": WINDOW,
-    "bounds": {**WINDOW, **LIVE},
-    "weights": {**WINDOW, **LIVE},
-    "ratios": {**WINDOW, **LIVE},
+    "bounds": {**WINDOW, **UNWEIGHTED},
+    "weights": {**WINDOW, **UNWEIGHTED},
+    "ratios": {**WINDOW, **UNWEIGHTED},
     "aux": {**WINDOW, **LIVE},
 }
 """The slots in the order in which they act, each with the signals that its stages may name."""
@@ -201,6 +203,7 @@ class Pipeline:
         _check_sampling(self, args)
         _check_nothing_is_discarded(self)
         _check_token_credit(self, args)
+        _check_anchor(self, args)
         _check_added_rows(self, args)
         if self["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
             raise UserError(
@@ -515,7 +518,8 @@ def _check_published(pipeline: Pipeline) -> None:
         for name in stage.needs:
             if name in PUBLISHED and not pipeline["rows"]:
                 raise UserError(
-                    f"{stage.key}: no rows stage publishes '{name}'; add one that does, such as +rows=brpo."
+                    f"{stage.key}: no rows stage publishes '{name}'; add one that does with '+rows=...', or choose "
+                    "the method whole with '+exp=...'."
                 )
 
 
@@ -566,6 +570,16 @@ def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
             f"trainer.loss_type: '{args.loss_type}' does not clip, so {pipeline['bounds'][0].key} would do nothing; "
             "use grpo, dr_grpo, dapo, bnpo, luspo or cispo."
         )
+
+
+def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Refuse TRL's KL term, which no weight reaches, beside an anchor that follows the weights."""
+    for stage in pipeline["aux"]:
+        if {"ref_logps", "weight"} <= set(stage.needs) and args.beta != 0.0:
+            raise UserError(
+                f"trainer.beta: {args.beta:g} would add TRL's KL term on every token, while {stage.key} anchors only "
+                "the tokens that the weights keep; set trainer.beta=0, and the strength by the stage's own setting."
+            )
 
 
 def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:

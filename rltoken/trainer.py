@@ -23,7 +23,7 @@ from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_cont
 from rltoken.rng import forked_rng
 from rltoken.rollout import agreement, packs
 from rltoken.rollout.logits import Change
-from rltoken.rollout.sampler import PromptStream, TrainerSampler, weighted_sum
+from rltoken.rollout.sampler import NO_CLASSES, PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
@@ -84,6 +84,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._last_window: LastWindow | None = None
         self._raw: Tensor | None = None
         self._shaped: Tensor | None = None
+        self._published: Mapping[str, Tensor] = {}
         self._pack_shares: tuple[float, float] = (1.0, 1.0)
         super().__init__(*args, **kwargs)
         self._function_names = list(self.reward_func_names)
@@ -107,8 +108,13 @@ class TokenGRPOTrainer(SeamTrainer):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a stage names `ref_logps`."""
-        return self.pipeline.needs("ref_logps")
+        """Whether a stage names a signal of the reference."""
+        return self._reference_signal is not None
+
+    @property
+    def _reference_signal(self) -> str | None:
+        """The first signal of the reference that a stage names."""
+        return next((name for name in ("ref_logps", "ref_entropy") if self.pipeline.needs(name)), None)
 
     @property
     def changes_logits(self) -> bool:
@@ -131,7 +137,7 @@ class TokenGRPOTrainer(SeamTrainer):
         with self.completion_limit(limit), self.changing_logits(change):
             if self.pipeline["rows"]:
                 rollout = self._rows_stages(inputs)
-                inputs = rollout.inputs
+                inputs, self._published = rollout.inputs, rollout.signals
                 ends_thinking = rollout.thinking_only and self.template.think_end_id is not None
                 self._thinking_ends = (self.template.think_end_id,) if ends_thinking else ()
             else:
@@ -145,7 +151,7 @@ class TokenGRPOTrainer(SeamTrainer):
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
         if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux") or self.pipeline.observers:
-            local = self._local_signals(window, inputs, rows, rollout.signals if rollout else {})
+            local = self._local_signals(window, inputs, rows)
             self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
             self._carry(window, local, added=len(rows) > len(inputs))
         self.forget_old_pass()
@@ -157,12 +163,14 @@ class TokenGRPOTrainer(SeamTrainer):
         if not self.pipeline["shapes"]:
             return None
         group = [i // self.num_generations for i in range(len(inputs))]
-        local = Signals(self._sampled_makers(inputs, lambda: texts, ids, group))
+        makers = self._sampled_makers(inputs, lambda: texts, ids, group)
+        local = Signals(makers | self._published_makers(list(range(len(inputs)))))
         world = gathered(local, self.accelerator, gather_list)
         world.put("rewards", weighted_sum(raw, self.reward_weights))
         world.put("correct", self._correct())
         for stage in self.pipeline["shapes"]:
-            shape(stage, world)
+            for name, value in shape(stage, world).items():
+                self.log_window_metric(name, value)
         self._shaped = world["rewards"]
         return self._shaped
 
@@ -203,7 +211,8 @@ class TokenGRPOTrainer(SeamTrainer):
         tried.put("correct", torch.arange(rows, device=rng.device) % 2 == 0)
         tried.put("rewards", tried["correct"].float())
         for stage in self.pipeline["shapes"]:
-            shape(stage.copy(), tried)
+            if PUBLISHED.keys().isdisjoint(stage.needs):
+                shape(stage.copy(), tried)
 
     def _control_stages(self) -> tuple[int | None, Change | None]:
         """Apply what the control stages set; the tokens to sample at most and the change of logits, if one sets it."""
@@ -232,6 +241,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 f"{self.pipeline['rows'][0].key}: sampling stops at the end of thinking and no rows stage graded an "
                 "answer; leave out the control stage that sets stop_at_think_end."
             )
+        self._refuse_unpublished(rollout.signals)
         # TRL's split drops a remainder silently, and ranks must hold equally many rows
         steps = self.args.steps_per_generation
         wanted = -(-self.sampler.most(len(rollout.rows)) // steps) * steps
@@ -288,6 +298,8 @@ class TokenGRPOTrainer(SeamTrainer):
                 signals.put("weight", torch.ones_like(signals["advantages"]))
             weights = non_negative(stage, *self._on_window(stage, local, world, "weight", neutral=1.0))
             window["advantages"] = per_token(window["advantages"], weights) * weights
+            if self.pipeline.needs("weight"):
+                window[CARRIED + "weight"] = window.get(CARRIED + "weight", 1.0) * weights
         for stage in self.pipeline.stages("ratios", live=False):
             (window["replaced_logps"],) = self._on_window(stage, local, world, "replaced_logps")
         for stage in self.pipeline.stages():
@@ -363,12 +375,24 @@ class TokenGRPOTrainer(SeamTrainer):
             rng=self._rng,
         )
 
+    def _published_makers(self, parents: list[int]) -> dict[str, Callable[[], Tensor]]:
+        """What rows stages have published, for rows of these parents."""
+        device = self.accelerator.device
+        return {name: (lambda value=value: value.to(device)[parents]) for name, value in self._published.items()}
+
+    def _refuse_unpublished(self, published: Mapping[str, Tensor]) -> None:
+        for stage in self.pipeline.stages():
+            for name in sorted(PUBLISHED.keys() & set(stage.needs) - published.keys()):
+                raise UserError(
+                    f"{stage.key}: no rows stage published '{name}'; add one that does with '+rows=...', or choose "
+                    "the method whole with '+exp=...'."
+                )
+
     def _local_signals(
         self,
         window: dict[str, Any],
         inputs: list[dict[str, Any]],
         rows: Sequence[Row],
-        published: Mapping[str, Tensor],
     ) -> Signals:
         """Every signal of a scored window, for this rank's rows; an added row has its parent's published ones."""
         device = self.accelerator.device
@@ -377,17 +401,14 @@ class TokenGRPOTrainer(SeamTrainer):
         ids = [row.completion_ids for row in rows]
         group = [parent // self.num_generations for parent in parents]
         old = Signals({"pass": lambda: self.old_pass(window, self._old_parts())})
+        reference = Signals(
+            {"pass": lambda: self.reference_pass(window, with_entropy=self.pipeline.needs("ref_entropy"))}
+        )
         texts = functools.cache(lambda: self.decode(row_inputs, ids))
-        for name in PUBLISHED:
-            if name not in published and self.pipeline.needs(name):
-                stage = self.pipeline.naming(name)[0]
-                raise UserError(
-                    f"{stage.key}: no rows stage published '{name}'; add one that does, such as +rows=brpo."
-                )
         makers = self._sampled_makers(row_inputs, texts, ids, group)
         return Signals(
             makers
-            | {name: (lambda value=value: value.to(device)[parents]) for name, value in published.items()}
+            | self._published_makers(parents)
             | {
                 "rewards": lambda: self._row_rewards(rows, len(inputs)),
                 "correct": lambda: self._of_this_rank(self._correct(), len(inputs))[parents],
@@ -399,7 +420,8 @@ class TokenGRPOTrainer(SeamTrainer):
                 "old_logps": lambda: old["pass"].logps,
                 "old_entropy": lambda: old["pass"].entropy,
                 "old_hidden": lambda: old["pass"].hidden,
-                "ref_logps": lambda: self.reference_logps(window),
+                "ref_logps": lambda: reference["pass"][0],
+                "ref_entropy": lambda: reference["pass"][1],
                 "head": lambda: self.head,
                 # what the token stages replace
                 "eps_low": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_low), device=device),
@@ -474,6 +496,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "ratio": lambda: torch.exp(logps - old_logps),
                 "eps_low": lambda: inputs.get("eps_low", torch.full_like(logps.detach(), self.epsilon_low)),
                 "eps_high": lambda: inputs.get("eps_high", torch.full_like(logps.detach(), self.epsilon_high)),
+                "weight": lambda: torch.ones_like(logps.detach()),
             }
             | carried
         )
@@ -495,6 +518,7 @@ class TokenGRPOTrainer(SeamTrainer):
             weights = weights.detach().masked_fill(signals["mask"] == 0, 1.0)
             weights = non_negative(stage, finite(stage, weights))
             inputs["advantages"] = per_token(inputs["advantages"], weights) * weights
+            signals.put("weight", signals["weight"] * weights)
         replaced = inputs.get("replaced_logps", signals["old_logps"])
         for stage in self.pipeline.stages("ratios", live=True):
             (replaced,) = act(stage, signals, replaced, kinds=kinds)
@@ -615,10 +639,10 @@ class TokenGRPOTrainer(SeamTrainer):
             )
         if self.pipeline["rows"] and self.runs_tools:
             raise UserError(f"{self.pipeline['rows'][0].key}: rows stages cannot replay tools or rollout functions.")
-        if self.pipeline.needs("ref_logps") and not self.has_reference:
+        if self.needs_reference and not self.has_reference:
             raise UserError(
-                "trainer.beta: a stage names 'ref_logps', and the reference of a model made in memory is known with "
-                "beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
+                f"trainer.beta: a stage names '{self._reference_signal}', and the reference of a model made in memory "
+                "is known with beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
             )
         if self.pipeline.needs("head") and not self.has_plain_head:
             raise UserError(
@@ -631,10 +655,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "and for added rows too; set it to 0, or leave out rollout.pack_tokens and rows stages."
             )
         if self.pipeline.needs("answers") and self.classes is None:
-            raise UserError(
-                "reward.classes: a stage names the signal 'answers'; set a function (texts, group) -> number of each "
-                "answer in its group, such as rltoken.rewards.math.classes."
-            )
+            raise UserError(NO_CLASSES)
         if {"image", "images"} & set(self.train_dataset.column_names or ()):
             raise UserError(
                 "data: the data set has an image column, and rltoken trains on text only; remove the column."
@@ -655,16 +676,21 @@ def change_prompts(
     return changed
 
 
-def shape(stage: Stage, signals: Signals) -> None:
-    """Let a shape stage replace the signal `rewards`.
+def shape(stage: Stage, signals: Signals) -> Mapping[str, float]:
+    """Let a shape stage replace the signal `rewards`; the metrics that it returned beside them.
 
     Raises:
         UserError: it is NaN where there was a reward.
     """
-    shaped = fit(stage, stage.run(signals), signals["rewards"])
+    result = stage.run(signals)
+    metrics: Mapping[str, float] = {}
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        result, metrics = result
+    shaped = fit(stage, result, signals["rewards"])
     if (shaped.isnan() & ~signals["rewards"].isnan()).any():
         raise UserError(f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it.")
     signals.put("rewards", shaped)
+    return metrics
 
 
 def replay_of(rollout: Rollout, ends: tuple[int, ...]) -> Replay:

@@ -89,7 +89,7 @@ class SeamTrainer(VLLMTrainer):
         self._forward_memo: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
-        self._own_reference: nn.Module | None = None
+        self._reference: nn.Module | None = None
         self.sampled_ids: list[list[int]] = []
         model = args[0] if args else kwargs["model"]
         if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
@@ -100,7 +100,7 @@ class SeamTrainer(VLLMTrainer):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `reference_logps` will be called; asked before the trainer is made."""
+        """Whether `reference_pass` will be called; asked before the trainer is made."""
         return False
 
     def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -350,21 +350,21 @@ class SeamTrainer(VLLMTrainer):
             batch_size = self.args.per_device_train_batch_size
             return self._old_forward(self.model, *_scored(window), what=what, batch_size=batch_size)
 
-    def reference_logps(self, window: dict[str, Any]) -> Tensor:
-        """[B, T] log-probs under the frozen reference.
+    def reference_pass(self, window: dict[str, Any], *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """[B, T] log-probs under the frozen reference and, if asked for, its [B, T] entropies in nats.
 
         That is TRL's; the base of a new adapter; a given adapter as it was; the model that is on disk.
         """
-        if "ref_per_token_logps" in window:
-            return window["ref_per_token_logps"]
+        if "ref_per_token_logps" in window and not with_entropy:
+            return window["ref_per_token_logps"], None
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             unwrapped = self.accelerator.unwrap_model(self.model)
             if isinstance(unwrapped, PeftModel):
                 with use_adapter(unwrapped, REFERENCE_ADAPTER if REFERENCE_ADAPTER in unwrapped.peft_config else None):
-                    return self._plain_logps(self.model, window)
-            if self._own_reference is None:
-                self._own_reference = self._load_reference(unwrapped)
-            return self._plain_logps(self._own_reference, window)
+                    return self._plain_pass(self.model, window, with_entropy)
+            if self._reference is None:
+                self._reference = self._reference_model(unwrapped, with_entropy)
+            return self._plain_pass(self._reference, window, with_entropy)
 
     def forget_old_pass(self) -> None:
         """Drop what was recorded and never asked for."""
@@ -372,7 +372,7 @@ class SeamTrainer(VLLMTrainer):
 
     @property
     def has_reference(self) -> bool:
-        """Whether `reference_logps` can find the reference: TRL's, what an adapter began as, or a folder or hub id."""
+        """Whether `reference_pass` can find the reference: TRL's, what an adapter began as, or a folder or hub id."""
         if self.beta != 0.0:
             return True
         model = self.accelerator.unwrap_model(self.model)
@@ -498,18 +498,33 @@ class SeamTrainer(VLLMTrainer):
             )
         return OldPass(logps, entropy, _producing(captured, logits_to_keep))
 
-    def _plain_logps(self, model: nn.Module, window: dict[str, Any]) -> Tensor:
-        batch_size = self.args.per_device_train_batch_size
-        return super()._get_per_token_logps_and_entropies(model, *_scored(window), batch_size=batch_size)[0]
+    def _plain_pass(self, model: nn.Module, window: dict[str, Any], with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        logps, entropy, _ = super()._get_per_token_logps_and_entropies(
+            model,
+            *_scored(window),
+            compute_entropy=with_entropy,
+            batch_size=self.args.per_device_train_batch_size,
+        )
+        return logps, entropy
 
-    def _load_reference(self, model: nn.Module) -> nn.Module:
+    def _reference_model(self, model: nn.Module, with_entropy: bool) -> nn.Module:
+        """TRL's reference, whose own head gives no entropies, or one of ours where it has none."""
+        add_head = functools.partial(
+            add_fused_lm_head,
+            temperature=self.temperature,
+            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
+            outputs=("log_probs", "entropy") if with_entropy else ("log_probs",),
+        )
+        if self.ref_model is not None:
+            add_head(self.accelerator.unwrap_model(self.ref_model))
+            return self.ref_model
         reference = create_model_from_path(
             model.config._name_or_path,
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
             trust_remote_code=self.args.trust_remote_code,
         )
-        add_fused_lm_head(reference, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        add_head(reference)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     @contextlib.contextmanager

@@ -45,14 +45,16 @@ SCORED = {
     "old_hidden": "[B, T, H]: its hidden state that produces each token (after the final norm)",
     "ref_logps": "[B, T] float: log-probabilities under the frozen reference model",
     "head": "Head: makes logits of hidden states, with the weights as they are now",
+    "ref_entropy": "[B, T] float: its entropy in nats",
 }
 """Signals of a scored window: whole groups, before TRL shuffles the rows."""
 
 PUBLISHED = {
     "budgets": "[B, K] long: thinking budgets of each row, ascending, in tokens",
     "budget_scores": "[B, K] float: mean score of the answers forced at each budget; NaN where none was graded",
+    "extra_answers": "[B, N] long: answers of N completions that only vote, numbered as `answers`; -1 for none",
 }
-"""Signals of a scored window that exist only where a rows stage puts them into `Rollout.signals`."""
+"""Signals that exist only where a rows stage puts them into `Rollout.signals`; for shapes and all that follows."""
 
 LIVE = {
     "logps": "[B, T] float with gradient: log-probabilities under the current policy",
@@ -61,6 +63,7 @@ LIVE = {
     "ratio": "[B, T] float with gradient: exp(logps - old_logps), 1 on-policy",
     "eps_low": "[B, T] float: the lower clip range in force",
     "eps_high": "[B, T] float: the upper clip range in force (cispo: the absolute cap)",
+    "weight": "[B, T] float: product of the weight stages, 1 where none acts; for aux stages only",
 }
 """Signals that exist only inside a training forward. Naming one makes a stage a forward stage."""
 
@@ -214,6 +217,9 @@ class Sampler(Protocol):
 
     def roll(self, inputs: Sequence[dict[str, Any]]) -> Rollout:
         """Completions of the prompts of `inputs` (one each: repeat a prompt to sample a group), graded."""
+
+    def classes(self, texts: Sequence[Any], group: Sequence[int]) -> list[int]:
+        """Number of each final answer within its group, in order of appearance; -1 where there is none."""
 
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of a stream of its own: shuffled by seed, disjoint over ranks, kept in checkpoints."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rltoken.errors import UserError
+from rltoken.signals import plain_text
 from rltoken.types import Continuation, Progress, Rollout, Row, Template
 
 if TYPE_CHECKING:
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 FORCED = "forced/"
 """What stands before the names of metrics that reward functions log while forced answers are graded."""
+NO_CLASSES = (
+    "reward.classes: a stage compares final answers; set a function (texts, group) -> number of each answer in its "
+    "group, such as rltoken.rewards.math.classes."
+)
+"""Told where that function is missing."""
 
 
 class PromptStream:
@@ -138,6 +145,16 @@ class TrainerSampler:
     def decode(self, inputs: Sequence[dict[str, Any]], completion_ids: Sequence[Sequence[int]]) -> list[Any]:
         """Completions as reward functions see them."""
         return self._trainer.decode(inputs, [list(ids) for ids in completion_ids])
+
+    def classes(self, texts: Sequence[Any], group: Sequence[int]) -> list[int]:
+        """Number of each final answer within its group, by `reward.classes`.
+
+        Raises:
+            UserError: there is no such function.
+        """
+        if self._trainer.classes is None:
+            raise UserError(NO_CLASSES)
+        return self._trainer.classes([plain_text(text) for text in texts], list(group))
 
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of the sampler's own stream."""

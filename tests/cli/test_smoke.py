@@ -25,7 +25,12 @@ EVERY_GROUP = (
 
 SLOW = ("arora_zanette", "kimi_length", "l1_exact", "laser_de", "shorter_better", "tldr_style")
 """Exps whose stages test_every_shape_at_once trains too."""
-OTHER_FORMS = {"laser", "laser_d", "l1_max"}  # forms of one reward are refused together; these have their exps
+OTHER_FORMS = {
+    "laser",
+    "laser_d",
+    "l1_max",
+    "ttrl_extra",
+}  # forms of one reward are refused together; these have their exps
 NOT_HERE = {"hawkeye"} | OTHER_FORMS  # hawkeye needs a column that the embedded world does not have
 SHAPES = [path.stem for path in sorted(ROOT.glob("conf/shape/*.yaml")) if path.stem not in NOT_HERE]
 
@@ -59,5 +64,6 @@ def test_every_shape_at_once(cli):
 
 
 @pytest.mark.smoke
-def test_every_world(cli):
-    check_run(cli("+exp=grpo", "world=formats"))
+@pytest.mark.parametrize("world", ["formats", "label_free"])
+def test_every_world(cli, world):
+    check_run(cli("+exp=grpo", f"world={world}"))

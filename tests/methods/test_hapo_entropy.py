@@ -308,7 +308,7 @@ def test_settings_of_objects_out_of_range_are_refused(call, settings):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, r"trainer\.vllm_mode: .*method\.controls\.hapo"),
+        ({"use_vllm": True, "vllm_mode": "server", "temperature": 0.7}, r"trainer\.temperature: "),
         ({"use_transformers_continuous_batching": True}, r"trainer\.use_transformers_continuous_batching: "),
         ({"repetition_penalty": 1.1}, r"trainer\.repetition_penalty: "),
         ({"use_vllm": True, "vllm_mode": "colocate", "temperature": 0.7}, r"trainer\.temperature: "),

@@ -83,7 +83,9 @@ def run(tiny, tmp_path):
     count = iter(range(100))
 
     def train(stages=None, *, lora=False, adapter=None, reward=token_parity, resume=None, **changes):
-        options = {name: changes.pop(name) for name in ("pack_tokens", "normaliser", "on_change") if name in changes}
+        options = {
+            name: changes.pop(name) for name in ("pack_tokens", "normaliser", "on_change", "classes") if name in changes
+        }
         if stages is not None:
             options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)

@@ -49,6 +49,7 @@ def distance(one, two):
         ("rows", "grpo", 60),
         ("brpo", "dr_grpo", 60),
         ("hapo", "dapo", 0),
+        ("spine", "dapo", 0),
         pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),
     ],
 )

@@ -21,7 +21,9 @@ from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.hapo_entropy import AdaptiveTemperature, Redistribution, adaptive_clip, token_average
 from rltoken.methods.length_regularised import length_regularised
+from rltoken.methods.spine import entropy_band, masked_kl, mixed_groups, random_tokens, reference_band, spine_forks
 from rltoken.methods.thr import nthr, thr
+from rltoken.methods.ttrl import majority_vote
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.trl_compat import gather_list
@@ -31,6 +33,11 @@ from rltoken.types import Template
 def whole_batch_rank(rewards):
     """A shaper that needs the rewards of all ranks: the share of the window's rewards that are lower."""
     return (rewards.unsqueeze(0) < rewards.unsqueeze(1)).float().mean(1)
+
+
+def classes(texts, group):
+    """Two answers, told apart by the number of words."""
+    return [len(text.split()) % 2 for text in texts]
 
 
 def bonus_of_summaries(entropy):
@@ -72,6 +79,19 @@ METHODS = {
         "credits": {"hapo": token_average},
         "bounds": {"hapo": adaptive_clip},
         "weights": {"hapo": Redistribution()},
+    },
+    "spine": {
+        "shapes": {"ttrl": majority_vote},
+        "weights": {
+            "forks": functools.partial(spine_forks, rho=0.4),
+            "random": functools.partial(random_tokens, rho=0.8),
+            "mixed": mixed_groups,
+        },
+        "aux": {
+            "kl": masked_kl,
+            "live": functools.partial(entropy_band, coef=0.5),
+            "frozen": functools.partial(reference_band, coef=0.5),
+        },
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
@@ -136,6 +156,7 @@ def main(model, data, out, rows, method, loss_type, pack_tokens):
         pipeline=build(METHODS[method]),
         template=Template(think_end_id=7, cut=(7,)),
         pack_tokens=int(pack_tokens) or None,
+        classes=classes,
     )
     trainer.train()
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()

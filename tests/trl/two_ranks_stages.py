@@ -28,10 +28,16 @@ SETTINGS = {
     "shape/think_prune": ["method.shapes.think_prune.limit=4"],
     "shape/hbpo": ["+prompt=hbpo"],
     "credit/hbpo": ["+prompt=hbpo", "+shape=hbpo"],
+    "shape/ttrl_extra": ["+rows=extra_votes", "method.rows.extra_votes.votes=5"],
     "credit/brpo": None,  # has rows of its own: test_two_ranks_equal_one
     "credit/group_centred": None,
 }
 """Settings at the size of these rollouts, and what a stage needs beside it. None: it acts on added rows only."""
+
+
+def classes(texts, group):
+    """Three answers, told apart by the number of words, or none."""
+    return [len(text.split()) % 4 - 1 for text in texts]
 
 
 class SomeEnd(Replayed):
@@ -78,6 +84,7 @@ def main(model, data, out, rows):
             processing_class=AutoTokenizer.from_pretrained(model),
             pipeline=pipeline,
             template=Template(think_end_id=7, cut=(7,)),
+            classes=classes,
         )
         trainer.train()
         found[name] = seen

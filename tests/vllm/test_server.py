@@ -11,12 +11,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from rltoken import trl_vllm_client
 from rltoken.errors import SamplerLost, UserError
 from rltoken.evals.generators import ServerGenerator, TransformersGenerator
 from rltoken.evaluate import server_of
+from rltoken.methods.hapo_entropy import AdaptiveTemperature
 from rltoken.train import generating
 from tests.cli.conftest import TINY
 from tests.vllm.conftest import logged
@@ -119,6 +121,29 @@ def test_a_server_of_another_model_is_no_back_end_of_an_evaluation(server, tmp_p
     nobody = OmegaConf.create({"vllm_server_base_url": f"http://127.0.0.1:{free_port()}"})
     with pytest.raises(UserError, match=r"no vLLM server answers .*rltoken\.serve model=hf model\.path="):
         server_of(nobody, str(tmp_path))
+
+
+def test_a_server_for_another_method_changes_no_logits(make, server):
+    with pytest.raises(UserError, match="started for a method that changes no logits"):
+        make({"controls": {"hapo": AdaptiveTemperature()}}, server=server)
+
+
+@pytest.mark.slow
+def test_a_server_changes_logits_as_an_engine_does(make, tiny, tmp_path):
+    model = ["model=hf", f"model.path={tiny[0]}", "model.dtype=float32", "+exp=hapo_entropy"]
+    served = Served(tmp_path / "log.txt", *model).wait()
+    found = []
+    try:
+        for server in (served, None):
+            trainer = make({"controls": {"hapo": AdaptiveTemperature()}}, server=server, max_steps=3)
+            trainer.train()
+            found.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+            assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+            assert logged(trainer, "control/logits/below")[-1] != 0
+            trainer.close()
+    finally:
+        served.kill()
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-4) for name in found[0])
 
 
 def run(cwd, cache, *arguments):
