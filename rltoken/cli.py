@@ -27,7 +27,9 @@ STATUSES: list[int] = []
 """Exit status of each job of this process: --multirun runs several."""
 
 
-def main(job: Callable[[], None], config_name: str, top_level: Sequence[str], when_interrupted: str) -> None:
+def main(
+    job: Callable[[], None], config_name: str, top_level: Sequence[str], when_interrupted: str, *, about: str = ""
+) -> None:
     """Run a Hydra job and leave.
 
     The status is 0, 2 where the user can mend something, 75 where the job was told to leave and can be gone on with,
@@ -38,9 +40,10 @@ def main(job: Callable[[], None], config_name: str, top_level: Sequence[str], wh
         config_name: the primary configuration, for the names to suggest.
         top_level: the keys at its top.
         when_interrupted: what to say after Ctrl-C.
+        about: what `--help` says before the help of that configuration.
     """
     if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
-        print(help_text(config_name))
+        print(about + help_text(config_name))
         sys.exit(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on, instead of printing and exiting
     config.register_schemas()

@@ -89,7 +89,7 @@ class RolloutSchema:
     normaliser: str = "thinking"
     max_logp_difference: Any = "auto"
     patience: float = 300.0
-    server_options: list[str] = dataclasses.field(default_factory=list)
+    server_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def register_schemas() -> None:

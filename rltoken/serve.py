@@ -1,7 +1,7 @@
 """Start the vLLM server that a training run samples from: `python -m rltoken.serve +exp=brpo rollout=vllm_server`.
 
 It takes the overrides of `rltoken.train`, so that model, dtype and port cannot differ, prints the command of vLLM that
-it becomes, and serves until it is interrupted. More options of vLLM: 'rollout.server_options=[--max-num-seqs=64]'.
+it becomes, and serves until it is interrupted. More options of vLLM: +rollout.server_options.max_num_seqs=64.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlparse
 
 import hydra
@@ -23,7 +25,7 @@ EXTENSION = "rltoken.rollout.vllm_worker.Fingerprinted"
 
 def main() -> None:
     """The entry point."""
-    cli.main(_job, "config", config.TOP_LEVEL, "interrupted; no server was started")
+    cli.main(_job, "config", config.TOP_LEVEL, "interrupted; no server was started", about=f"{__doc__}\n")
 
 
 @hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="config", version_base="1.3")
@@ -79,10 +81,22 @@ def arguments(cfg: DictConfig, model: str, dtype: str, on_cpu: bool) -> list[str
         from rltoken.rollout import vllm_cpu
 
         vllm_cpu.refuse_model(model, trust_remote_code=cfg.model.trust_remote_code)
-        given += vllm_cpu.server_arguments()
+        transfer = vllm_cpu.TRANSFER
+        given += options(vllm_cpu.SETTINGS)
     else:
-        given += [f"--worker-extension-cls={EXTENSION}", f"--weight-transfer-config={json.dumps({'backend': 'nccl'})}"]
-    return [*given, *map(str, cfg.rollout.server_options)]
+        transfer = "nccl"
+        given.append(f"--worker-extension-cls={EXTENSION}")
+    given.append(f"--weight-transfer-config={json.dumps({'backend': transfer})}")
+    return [*given, *options(cfg.rollout.server_options)]
+
+
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of vLLM as its command line has them: --name=value, or --name and --no-name."""
+    spelt = {name.replace("_", "-"): value for name, value in settings.items()}
+    return [
+        (f"--{name}" if value else f"--no-{name}") if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in spelt.items()
+    ]
 
 
 def url_of(trainer: DictConfig) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -107,12 +106,3 @@ def engine(dtype: torch.dtype, **settings: Any) -> LLM:
         os.environ.setdefault(name, value)
     with forked_rng():
         return LLM(**settings | {"dtype": dtype, "max_num_batched_tokens": None} | SETTINGS)
-
-
-def server_arguments() -> list[str]:
-    """The command line of a server that samples as `engine` does and takes a trainer's weights from files."""
-    given = [f"--weight-transfer-config={json.dumps({'backend': TRANSFER})}"]
-    for name, value in SETTINGS.items():
-        option = name.replace("_", "-")
-        given.append({True: f"--{option}", False: f"--no-{option}"}.get(value, f"--{option}={value}"))
-    return given

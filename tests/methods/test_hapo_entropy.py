@@ -340,4 +340,6 @@ def test_back_ends_that_would_not_follow_are_refused(changes, told):
 )
 def test_back_ends_that_follow_are_let_pass(changes):
     settings = {"output_dir": "unused", "per_device_train_batch_size": 8, "num_generations": 4, "bf16": False}
-    build({"controls": {"hapo": AdaptiveTemperature()}}).check(GRPOConfig(use_cpu=True, **settings | changes))
+    pipeline = build({"controls": {"hapo": AdaptiveTemperature()}})
+    pipeline.check(GRPOConfig(use_cpu=True, **settings | changes))
+    assert pipeline.changes_logits

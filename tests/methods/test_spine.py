@@ -25,13 +25,13 @@ ONE = torch.zeros(1, dtype=torch.long)
 FORKS = [[0, 1, 0, 1, 0, 1, 0, 1, 0, 1]]
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=1e-6, atol=1e-9)
 
 
 def test_half_of_ten_tokens_are_forks():
-    close(spine_forks(ENTROPY, MASK, ONE, rho=0.5, normaliser="all"), [[float(m) for m in FORKS[0]]])
-    close(spine_forks(ENTROPY, MASK, ONE, rho=0.5), [[2.0 * m for m in FORKS[0]]])
+    assert_close(spine_forks(ENTROPY, MASK, ONE, rho=0.5, normaliser="all"), [[float(m) for m in FORKS[0]]])
+    assert_close(spine_forks(ENTROPY, MASK, ONE, rho=0.5), [[2.0 * m for m in FORKS[0]]])
 
 
 def test_the_band_of_the_worked_example():
@@ -39,11 +39,11 @@ def test_the_band_of_the_worked_example():
     entropy = ENTROPY.clone().requires_grad_()
     forks = torch.tensor(FORKS).bool()
     thresholds = band_thresholds(entropy.detach(), forks, 0.1, 0.5)
-    close(torch.cat(thresholds), [[0.72], [1.2]])
+    assert_close(torch.cat(thresholds), [[0.72], [1.2]])
     loss = band_loss(entropy, forks, thresholds, above=1.0, below=1.0).sum() / 5
-    close(loss, 0.264)
+    assert_close(loss, 0.264)
     loss.backward()
-    close(entropy.grad, [[0, 0, 0, 0.2, 0, -0.2, 0, 0, 0, 0.2]])
+    assert_close(entropy.grad, [[0, 0, 0, 0.2, 0, -0.2, 0, 0, 0, 0.2]])
 
 
 @pytest.mark.parametrize(("normaliser", "core", "band"), [("forks", -1.03, 0.264), ("all", -0.515, 0.132)])
@@ -52,23 +52,23 @@ def test_both_normalisers(normaliser, core, band):
     weight = spine_forks(ENTROPY, MASK, ONE, rho=0.5, normaliser=normaliser)
     ratio = torch.full_like(ENTROPY, 7.0)
     ratio[0, 1::2] = torch.tensor([1.0, 1.1, 0.95, 1.05, 1.05], dtype=torch.float64)
-    close(-(weight * ratio).sum() / 10, core)
+    assert_close(-(weight * ratio).sum() / 10, core)
     loss, metrics = entropy_band(ENTROPY, MASK, weight, coef=1.0)
-    close(loss.sum() / 10, band)
+    assert_close(loss.sum() / 10, band)
     assert metrics == pytest.approx({"spine/fork_entropy": 1.26, "spine/above": 0.4, "spine/below": 0.2})
 
 
 def test_the_sides_of_the_band_have_their_weights():
     weight = spine_forks(ENTROPY, MASK, ONE, rho=0.5, normaliser="all")
-    close(entropy_band(ENTROPY, MASK, weight, coef=1.0, above=0.0)[0].sum(), 0.12)
-    close(entropy_band(ENTROPY, MASK, weight, coef=0.5, below=0.0)[0].sum(), 0.6)
+    assert_close(entropy_band(ENTROPY, MASK, weight, coef=1.0, above=0.0)[0].sum(), 0.12)
+    assert_close(entropy_band(ENTROPY, MASK, weight, coef=0.5, below=0.0)[0].sum(), 0.6)
 
 
 def test_frozen_thresholds_are_those_of_the_reference():
     """The reference has half of every entropy: the band is .36 to .6, and every fork but that of .6 lies above it."""
     weight = spine_forks(ENTROPY, MASK, ONE, rho=0.5, normaliser="all")
     loss, metrics = reference_band(ENTROPY, ENTROPY / 2, MASK, weight, coef=1.0)
-    close(loss[0, 1::2], [0.3, 1.4, 0.0, 0.6, 1.0])
+    assert_close(loss[0, 1::2], [0.3, 1.4, 0.0, 0.6, 1.0])
     assert metrics["spine/above"] == pytest.approx(0.8) and metrics["spine/below"] == 0.0
     satisfied, _ = reference_band(ENTROPY, ENTROPY, MASK, weight, coef=1.0, low=0.0, high=1.0)
     assert not satisfied.any()
@@ -113,10 +113,10 @@ def test_the_kl_of_kept_tokens():
     ref_logps = torch.full((1, 3), -1.0 + math.log(2), dtype=torch.float64)
     weight = torch.tensor([[3.0, 0.0, 1.0]], dtype=torch.float64)
     loss, metrics = masked_kl(logps, ref_logps, torch.tensor([[1, 1, 0]]), weight, coef=0.5)
-    close(loss, [[1.5 * 0.30685281944, 0.0, 0.0]])
+    assert_close(loss, [[1.5 * 0.30685281944, 0.0, 0.0]])
     assert metrics["spine/kl"] == pytest.approx(0.30685281944)
     loss.sum().backward()
-    close(logps.grad, [[-1.5, 0.0, 0.0]])
+    assert_close(logps.grad, [[-1.5, 0.0, 0.0]])
 
 
 def test_without_a_fork_there_is_nothing_to_log():

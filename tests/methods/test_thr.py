@@ -53,29 +53,29 @@ def trained(values):
     return values[MASK.bool()].tolist()
 
 
-def close(values, expected):
+def assert_close(values, expected):
     assert values == pytest.approx(expected, abs=2e-6)
 
 
 def test_nthr_scores_threshold_eta_and_advantages(golden):
     scores = influence(*golden, **OPTIONS | {"length_norm": False})
-    close(trained(scores), [0.60743, 0.354941, 0.862251, 0.607095, -0.12505])
-    close(threshold(scores, CORRECT, GROUP, tau_mode="min", beta=1.0).tolist(), [0.481185] * 3)
+    assert_close(trained(scores), [0.60743, 0.354941, 0.862251, 0.607095, -0.12505])
+    assert_close(threshold(scores, CORRECT, GROUP, tau_mode="min", beta=1.0).tolist(), [0.481185] * 3)
     weights = nthr(*golden)
-    close(trained(weights), [1, 1, 1, 0.333333, 1])
-    close(trained(weights * ADVANTAGES), [0.707107, 0.707107, 0.707107, -0.471405, -1.414214])
+    assert_close(trained(weights), [1, 1, 1, 0.333333, 1])
+    assert_close(trained(weights * ADVANTAGES), [0.707107, 0.707107, 0.707107, -0.471405, -1.414214])
 
 
 def test_nthr_over_the_tokens_of_the_group(golden):
     scores = influence(*golden, **OPTIONS | {"length_norm": False, "vocabulary": "group"})
-    close(scores[2].tolist(), [0.466064, -0.09624])
+    assert_close(scores[2].tolist(), [0.466064, -0.09624])
 
 
 def test_thr_scores_and_threshold(golden):
     scores = influence(*golden, **OPTIONS)
     signed = torch.where(CORRECT.unsqueeze(1), scores, -scores)
-    close(trained(signed), [0.460287, 0.197428, 0.685722, -0.461492, 0.052203])
-    close(threshold(scores, CORRECT, GROUP, tau_mode="min", beta=1.0).tolist(), [0.328857] * 3)
+    assert_close(trained(signed), [0.460287, 0.197428, 0.685722, -0.461492, 0.052203])
+    assert_close(threshold(scores, CORRECT, GROUP, tau_mode="min", beta=1.0).tolist(), [0.328857] * 3)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_thr_scores_and_threshold(golden):
     ],
 )
 def test_thr_advantages(golden, p, expected):
-    close(trained(thr(*golden, p=p) * ADVANTAGES), expected)
+    assert_close(trained(thr(*golden, p=p) * ADVANTAGES), expected)
 
 
 def test_without_a_threshold_p_acts_on_every_token(golden):
-    close(trained(thr(*golden, tau_mode="none")), [1.1, 1.1, 1.1, 0.9, 1.1])
+    assert_close(trained(thr(*golden, tau_mode="none")), [1.1, 1.1, 1.1, 0.9, 1.1])
 
 
 @pytest.fixture

@@ -45,26 +45,28 @@ def untied(tiny, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def server(tiny, tmp_path_factory):
-    """A server that was started for the tiny random model; every trainer gives it weights of its own."""
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    served = Served(log, "model=hf", f"model.path={tiny[0]}", "model.dtype=float32")
+@contextlib.contextmanager
+def serving(folder, scratch):
+    """A server that was started for the model of a folder; every trainer gives it weights of its own."""
+    served = Served(scratch / "log.txt", "model=hf", f"model.path={folder}", "model.dtype=float32")
     try:
         yield served.wait()
     finally:
         served.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tiny, tmp_path_factory):
+    """A server for the tiny random model."""
+    with serving(tiny[0], tmp_path_factory.mktemp("server")) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")
 def untied_server(untied, tmp_path_factory):
-    """The same for the model whose head has weights of its own."""
-    log = tmp_path_factory.mktemp("untied-server") / "log.txt"
-    served = Served(log, "model=hf", f"model.path={untied}", "model.dtype=float32")
-    try:
-        yield served.wait()
-    finally:
-        served.kill()
+    """A server for the model whose head has weights of its own."""
+    with serving(untied, tmp_path_factory.mktemp("untied-server")) as served:
+        yield served
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from tests.vllm.servers import ROOT
 from tests.vllm.test_evaluation import CPU, TIE, gaps
 
 SHORT = (
-    "scale=small", "rollout=vllm_colocate", "name=run", "eval.before=false", "eval.after=false", "trainer.max_steps=3",
+    "model=smollm2", "+lora=default", "data=gsm8k", "data.limit=16", "data.eval_limit=4", "rollout=vllm_colocate",
+    "name=run", "eval.before=false", "eval.after=false", "trainer.max_steps=3",
     "trainer.per_device_train_batch_size=8", "trainer.num_generations=4", "trainer.max_completion_length=48",
     "rollout.max_thinking_tokens=40", "trainer.learning_rate=1e-3", "trainer.loss_type=dr_grpo", "eval.budgets=null",
     "trainer.vllm_max_model_length=1024", "reward.funcs.accuracy._target_=tests.resume.phases.parity",
@@ -45,7 +46,7 @@ def test_an_adapter_trained_through_vllm_and_merged_says_the_same(tmp_path, data
 
     base = models.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    questions = [json.loads(line)["question"] for line in (data_dir / "gsm8k_test.jsonl").read_text().split("\n")[:6]]
+    questions = [json.loads(line)["problem"] for line in (data_dir / "gsm8k_test.jsonl").read_text().split("\n")[:6]]
     prompts = tokenizer.apply_chat_template(
         [[{"role": "user", "content": text}] for text in questions], add_generation_prompt=True, return_dict=True
     )["input_ids"]
