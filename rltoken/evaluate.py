@@ -314,16 +314,17 @@ def server_of(trainer: DictConfig, path: str) -> str:
     Raises:
         UserError: nobody answers there, or it serves another one.
     """
-    import httpx
+    import requests
 
     from rltoken.serve import url_of
 
     url = url_of(trainer)
     start = f"python -m rltoken.serve model=hf model.path={path}"
     try:
-        response = httpx.get(f"{url}/v1/models", timeout=10)
-        found = [one["root"] for one in response.raise_for_status().json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+        response = requests.get(f"{url}/v1/models", timeout=10)
+        response.raise_for_status()
+        found = [one["root"] for one in response.json()["data"]]
+    except (requests.RequestException, ValueError, KeyError) as error:
         raise UserError(
             f"trainer.vllm_server_base_url: no vLLM server answers at {url} ({type(error).__name__}); start {start}, "
             "or set rollout=vllm_colocate or rollout=hf."

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from rltoken.errors import SamplerLost
+
 EXIT_CODE = os.EX_TEMPFAIL
 """75: the run is not finished, and the same command with resume=auto goes on."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -81,6 +83,22 @@ class Notice:
             self._stepping = False
         if self.agreed or self.reason:
             raise self._preempted()
+
+    @contextlib.contextmanager
+    def sampler_kept(self, save: Callable[[], None] | None = None) -> Iterator[None]:
+        """Inside, a sampler that is lost asks the run to leave, after `save`.
+
+        Raises:
+            Preempted: it was lost, where there are no steps whose end would say so.
+        """
+        try:
+            yield
+        except SamplerLost as lost:
+            if save is not None:
+                save()
+            self.reason = str(lost).rstrip(".")
+            if not self._stepping:
+                raise self._preempted() from lost
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler.

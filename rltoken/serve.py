@@ -106,7 +106,11 @@ def url_of(trainer: DictConfig) -> str:
         UserError: its URL has no host or no port.
     """
     found = trainer.vllm_server_base_url or f"http://{trainer.vllm_server_host}:{trainer.vllm_server_port}"
-    if urlparse(found).hostname is None or urlparse(found).port is None:
+    try:
+        whole = bool(urlparse(found).hostname and urlparse(found).port)
+    except ValueError:  # a port that is no number
+        whole = False
+    if not whole:
         raise UserError(
             f"trainer.vllm_server_base_url: {found} names no host and port; write http://HOST:PORT, or set "
             "trainer.vllm_server_host and trainer.vllm_server_port."

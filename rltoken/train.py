@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import adapters, cli, config, preemption, runs
-from rltoken.errors import SamplerLost, UserError
+from rltoken.errors import UserError
 from rltoken.resume import disk_errors_told
 
 if TYPE_CHECKING:
@@ -150,15 +150,13 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
             raise
         at_the_end.callback(trainer.close)
         checkpoint = from_first_rank(checkpoint)
-        before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
-        with notice.steps(lambda: saved(folder, trainer.state)):
-            try:
-                trainer.train(resume_from_checkpoint=checkpoint)
-            except SamplerLost as lost:
-                trainer.save_last_step()
-                notice.reason = str(lost).rstrip(".")
+        with notice.sampler_kept():
+            before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
+        with notice.steps(lambda: saved(folder, trainer.state)), notice.sampler_kept(trainer.save_last_step):
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder / "final"))
-        after = evaluation("after") if cfg.eval.after else None
+        with notice.sampler_kept():
+            after = evaluation("after") if cfg.eval.after else None
         if trainer.accelerator.is_main_process:
             finish(folder, {"name": cfg.name, "before": before, "after": after, "steps": trainer.state.global_step})
 

@@ -274,7 +274,7 @@ class VLLMTrainer(SavingTrainer):
             """The call, then a look at every rank's problems."""
             result = call(*args, **kwargs)
             client = getattr(self.vllm_generation, "vllm_client", None)
-            problem = self._problem or (client and client.failure)
+            problem = (client and client.failure) or self._problem  # what is served of a lost hand-over is no news
             if self.accelerator.num_processes > 1:
                 problem = next((found for found in gather_object([problem]) if found), None)
             if problem:

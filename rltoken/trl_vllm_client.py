@@ -75,17 +75,27 @@ class Client(VLLMClient):
         """Get ready to hand weights over: on a GPU as TRL does, on a CPU through a folder.
 
         Raises:
-            UserError: the server was started without a way to take them, or for a run that changes no logits.
+            UserError: the server does not answer, or was started without a way to take them, or without what changes
+                logits.
         """
+        try:
+            self._agree(device)
+        except UserError:
+            raise
+        except Exception as error:  # TRL's client raises just that for what the server answers
+            raise UserError(
+                f"trainer.vllm_server_base_url: the server at {self.base_url} cannot be used "
+                f"({type(error).__name__}: {first_line(error).rstrip('.')}); start it by the same command with "
+                "rltoken.serve in place of rltoken.train."
+            ) from error
+
+    def _agree(self, device: torch.device | str | int) -> None:
         if self._changes_logits:
             self._refuse_plain_logits()
         if torch.device(device).type != "cpu":
             super().init_communicator(device)
         else:
-            try:
-                transfer = self.get_server_info()["weight_transfer_config"]
-            except RuntimeError as error:
-                raise UserError(f"trainer.vllm_server_base_url: {first_line(error)}") from error
+            transfer = self.get_server_info()["weight_transfer_config"]
             if transfer is None or transfer["backend"] != vllm_cpu.TRANSFER:
                 raise UserError(
                     f"trainer.vllm_server_base_url: the server at {self.base_url} was not started to take weights from "
@@ -184,7 +194,7 @@ class Client(VLLMClient):
             self.failure = error
         except Exception as error:  # TRL's client raises just that for what the server answers
             self.failure = SamplerLost(
-                f"trainer.vllm_server_base_url: the server at {self.base_url} did not take the weights "
+                f"trainer.vllm_server_base_url: weights or requests do not reach the server at {self.base_url} "
                 f"({type(error).__name__}: {first_line(error)})"
             )
         return None

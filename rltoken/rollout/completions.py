@@ -8,13 +8,14 @@ came and in tokens that the server counts in its `/metrics`. Long completions ma
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 
 from rltoken.errors import SamplerLost, UserError, first_line
 
@@ -78,10 +79,14 @@ def complete(url: str, payloads: Sequence[Mapping[str, Any]], *, patience: float
 
 async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: float) -> tuple[list[Any], bool]:
     watch = Watch(len(payloads))
-    limits = httpx.Limits(max_connections=CONNECTIONS)
-    async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), limits=limits) as client:
-        requests = asyncio.gather(*(_one(client, url, payload, watch) for payload in payloads))
-        guard = asyncio.create_task(_guard(client, url, watch, patience))
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session,
+        aiohttp.ClientSession(timeout=timeout, trust_env=True) as beside,  # or it would wait behind the completions
+    ):
+        requests = asyncio.gather(*(_one(session, url, payload, watch) for payload in payloads))
+        guard = asyncio.create_task(_guard(beside, url, watch, patience))
         try:
             await asyncio.wait([requests, guard], return_when=asyncio.FIRST_COMPLETED)
             if not requests.done():
@@ -93,35 +98,39 @@ async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: f
             await asyncio.gather(requests, guard, return_exceptions=True)
 
 
-async def _one(client: httpx.AsyncClient, url: str, payload: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+async def _one(session: aiohttp.ClientSession, url: str, payload: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
     """One completion, asked for again and again; whoever guards the call ends it."""
     pause = 1.0
     while True:
         try:
-            response = await client.post(f"{url}/v1/completions", json=payload)
-            if response.status_code < 500:
+            async with session.post(f"{url}/v1/completions", json=payload) as response:
+                body = await response.read()
+            if response.status < 500:
                 break
-            watch.failed = f"status {response.status_code}: {response.text[:200]}"
-        except httpx.TransportError as error:
+            watch.failed = f"status {response.status}: {body[:200].decode(errors='replace')}"
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             watch.failed = f"{type(error).__name__} {first_line(error)}".strip()
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
-    if response.status_code != 200:
-        raise UserError(f"trainer.vllm_server_base_url: {url} refuses a request: {response.text[:300]}")
+    if response.status != 200:
+        told = body[:300].decode(errors="replace")
+        raise UserError(f"trainer.vllm_server_base_url: {url} refuses a request: {told}")
     watch.done += 1
     watch.progressed()
-    return response.json()["choices"][0]
+    return json.loads(body)["choices"][0]
 
 
-async def _guard(client: httpx.AsyncClient, url: str, watch: Watch, patience: float) -> None:
+async def _guard(session: aiohttp.ClientSession, url: str, watch: Watch, patience: float) -> None:
     """Return once there was no progress for `patience` seconds."""
+    look = aiohttp.ClientTimeout(total=max(1.0, patience / LOOKS))
     while time.monotonic() - watch.at < patience:
         await asyncio.sleep(patience / LOOKS)
         try:
-            response = await client.get(f"{url}/metrics", timeout=max(1.0, patience / LOOKS))
-        except httpx.TransportError:
+            async with session.get(f"{url}/metrics", timeout=look) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError):
             continue
-        tokens = sum(map(float, _COUNTED.findall(response.text)))
+        tokens = sum(map(float, _COUNTED.findall(text)))
         if tokens > watch.tokens:
             watch.progressed()
         watch.tokens = tokens

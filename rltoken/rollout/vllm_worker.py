@@ -14,7 +14,7 @@ METHOD = "served_weights"
 
 
 class Fingerprinted:
-    """Extends vLLM's worker, whose `model_runner` holds the model."""
+    """Extends vLLM's worker."""
 
     model_runner: Any
 
@@ -23,7 +23,7 @@ class Fingerprinted:
 
         Workers that share a model hold a part of it each, and some parts all of them, so that no sum is the model's.
         """
-        parameters = list(self.model_runner.model.named_parameters())
+        parameters = list(self.model_runner.get_model().named_parameters())
         parallel = self.model_runner.vllm_config.parallel_config
         whole = parallel.tensor_parallel_size == parallel.pipeline_parallel_size == 1
         return {

@@ -76,7 +76,7 @@ def test_settings_that_reach_the_server(configured):
     assert serve.url_of(cfg.trainer) == "http://gpu-7:9000"
 
 
-@pytest.mark.parametrize("url", ["gpu-7", "http://gpu-7", "http://:80"])
+@pytest.mark.parametrize("url", ["gpu-7", "http://gpu-7", "http://:80", "http://gpu-7:abc"])
 def test_a_url_without_host_or_port(configured, url):
     with pytest.raises(UserError, match=r"trainer\.vllm_server_base_url: .*write\s+http://HOST:PORT"):
         serve.url_of(configured("rollout=vllm_server", f"trainer.vllm_server_base_url='{url}'").trainer)

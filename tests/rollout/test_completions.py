@@ -103,7 +103,7 @@ def test_a_refused_request_ends_the_call_at_once():
 def test_nobody_there():
     with server(echo) as url:
         pass
-    with pytest.raises(SamplerLost, match=r"no progress for 1 s \(rollout.patience\): 0 of 20 .* last error: Connect"):
+    with pytest.raises(SamplerLost, match=r"no progress for 1 s \(rollout.patience\): 0 of 20 .* last error: Client"):
         complete(url, PAYLOADS, patience=1)
 
 

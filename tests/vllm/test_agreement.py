@@ -61,7 +61,7 @@ def test_a_stale_head_stops_the_run(make, untied, monkeypatch):
 
     monkeypatch.setattr(VLLMGeneration, "_iter_named_params", without_head)
     with pytest.raises(
-        UserError, match=r"after the hand-over of step 1 vLLM serves other weights .*head and last norm"
+        UserError, match=r"after the hand-over of step 0 vLLM serves other weights .*head and last norm"
     ):
         make(folder=untied).train()
 

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 from omegaconf import OmegaConf
 
@@ -100,6 +101,21 @@ def test_a_server_that_was_started_anew_in_a_window(make, server, tiny, monkeypa
     with pytest.raises(SamplerLost, match="started anew in a window"):
         trainer.train()
     assert trainer.state.global_step == 1, "the first window's weights are those that a server begins with"
+
+
+def test_a_server_that_is_lost_while_it_takes_weights(make, server, monkeypatch):
+    trainer = make(server=server)
+    stock = trl_vllm_client.Client._send_file
+
+    def lost(self, named_params):
+        if trainer.state.global_step == 1:
+            next(named_params)
+            raise requests.ConnectionError("reset by peer")
+        stock(self, named_params)
+
+    monkeypatch.setattr(trl_vllm_client.Client, "_send_file", lost)
+    with pytest.raises(SamplerLost, match=r"do not reach the server .*\(ConnectionError: reset by peer\)"):
+        trainer.train()
 
 
 def test_an_evaluation_through_a_server_gives_what_transformers_gives(make, server):
