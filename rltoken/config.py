@@ -26,7 +26,7 @@ TOP_LEVEL = (
     "method",
 )  # fmt: skip
 ADDED_GROUPS = (
-    "exp", "prompt", "control", "rows", "shape", "credit", "bounds", "weight", "ratio", "aux", "lora",
+    "exp", "prompt", "control", "rows", "shape", "credit", "mark", "bounds", "weight", "ratio", "aux", "lora",
 )  # fmt: skip
 """Groups of which nothing is chosen by default: they take a '+'."""
 GROUPS = (*ADDED_GROUPS, "scale", "hardware")
@@ -52,8 +52,8 @@ AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsi
 PLAIN = (bool, int, float, str)
 READ = {
     "model": (
-        "source", "think_end", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora", "adapter",
-        "quantization",
+        "source", "think_end", "appended", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora",
+        "adapter", "quantization",
     ),
     "model.forced": ("ellipsis", "header", "stops"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),

@@ -104,12 +104,12 @@ def group_sum(values: Tensor, group: Tensor, among: Tensor | None = None) -> Ten
     """Sum over each row's group, NaN left out; 0 for a group without a value.
 
     Args:
-        values: [B] float, or [B, ...] without `among`.
+        values: [B, ...] float.
         group: [B] long: rows of one group share a number.
-        among: [B] bool: the rows that count; all of them when None.
+        among: bool, of the shape of `values`: what counts; everything when None.
 
     Returns:
-        The shape of `values`.
+        [B, ...].
     """
     _, index = group.unique(return_inverse=True)
     kept = values.nan_to_num(0.0) if among is None else values.nan_to_num(0.0).masked_fill(~among, 0.0)
@@ -120,7 +120,7 @@ def group_std(values: Tensor, group: Tensor, among: Tensor | None = None, *, cor
     """Standard deviation of each row's group, NaN left out; 0 for a group of fewer than two values.
 
     Args:
-        values, group, among: as in `group_sum`.
+        values: [B] float; `group` and `among`: as in `group_sum`.
         correction: 1 divides by the number of values less one, 0 by their number.
 
     Returns:

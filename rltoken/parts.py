@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rltoken import adapters, models, signals
 from rltoken.data import check_prompt_lengths
+from rltoken.errors import UserError
 from rltoken.rewards.guard import guarded
 from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
@@ -35,6 +36,22 @@ def tokenizer(section: DictConfig, path: str) -> PreTrainedTokenizerBase:
 def template(section: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
     """What forces an answer of the model, by the section `model`."""
     return encode_template(tokenizer, think_end=section.think_end, **section.forced)
+
+
+def appended(section: DictConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the section's `appended`, whose probability after the last token is a signal; None without one.
+
+    Raises:
+        UserError: it is no token of the tokenizer, or one that ends or pads sequences.
+    """
+    token = section.get("appended")
+    if token is None:
+        return None
+    number = tokenizer.get_vocab().get(token)
+    if number is None or number in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        what = "no token of the tokenizer" if number is None else "what ends or pads its sequences"
+        raise UserError(f"model.appended: {token!r} is {what}; set a token that the model never writes, or null.")
+    return number
 
 
 def model(section: DictConfig, path: str, *, trainable: bool = False) -> PreTrainedModel | PeftModel:

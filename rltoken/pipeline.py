@@ -10,6 +10,7 @@ which they act:
     rows      (rollout, sampler) -> rollout                added or replaced rows
     shapes    signals -> rewards [B] or (that, metrics)    chain
     credits   signals -> advantages [B] or [B, T]          chain
+    marks     signals -> [B] or [B, T]                     a signal of the stage's name, for the slots below
     bounds    signals -> (eps_low, eps_high)               numbers or [B, T]; the last one wins
     weights   signals -> [B, T] or [B], >= 0               multiplied together
     ratios    signals -> [B, T]                            replaced old log-probabilities; the last one wins
@@ -56,6 +57,7 @@ SLOTS: dict[str, dict[str, str]] = {
     "rows": {"rollout": "Rollout", "sampler": "Sampler"},
     "shapes": {**SAMPLED, **PUBLISHED},
     "credits": WINDOW,
+    "marks": WINDOW,
     "bounds": {**WINDOW, **UNWEIGHTED},
     "weights": {**WINDOW, **UNWEIGHTED},
     "ratios": {**WINDOW, **UNWEIGHTED},
@@ -63,6 +65,8 @@ SLOTS: dict[str, dict[str, str]] = {
 }
 """The slots in the order in which they act, each with the signals that its stages may name."""
 TOKEN_SLOTS = ("bounds", "weights", "ratios")
+MARKED_SLOTS = (*TOKEN_SLOTS, "aux")
+"""The slots whose stages may name a mark: one that a micro-batch sees can so know what only the window tells."""
 CONTROLLED = ("max_completion_length", "epsilon", "epsilon_high", "stop_at_think_end", "logits")
 """What a control stage may set. The length limits sampling only: dr_grpo's divisor stays the configured constant."""
 OBSERVED = "observed"
@@ -88,6 +92,11 @@ class Stage:
     needs: tuple[str, ...]
     kinds: tuple[str, ...] = (THINKING,)
     observer: Stage | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of its key."""
+        return self.key.rpartition(".")[2]
 
     @property
     def live(self) -> bool:
@@ -198,6 +207,7 @@ class Pipeline:
         refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
         _check_kinds(self)
         _check_published(self)
+        _check_marks(self)
         _check_alternatives(self)
         _check_controls(self, args)
         _check_sampling(self, args)
@@ -226,9 +236,17 @@ def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
     for slot in stages:
         if slot not in SLOTS:
             raise UserError(f"method.{slot}: there is no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}.")
+    marks = dict.fromkeys(stages.get("marks") or {}, "a mark")
+    for name in marks:
+        if any(name in signals for signals in SLOTS.values()):
+            raise UserError(f"method.marks.{name}: there is a signal of that name already; give the mark another one.")
+    allowed = {slot: signals | (marks if slot in MARKED_SLOTS else {}) for slot, signals in SLOTS.items()}
     return Pipeline(
         {
-            slot: tuple(_stage(slot, f"method.{slot}.{name}", call) for name, call in (stages.get(slot) or {}).items())
+            slot: tuple(
+                _stage(slot, f"method.{slot}.{name}", call, allowed[slot])
+                for name, call in (stages.get(slot) or {}).items()
+            )
             for slot in SLOTS
         }
     )
@@ -313,7 +331,7 @@ def fit(stage: Stage, value: Any, base: Tensor) -> Tensor:
     )
 
 
-def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
+def _stage(slot: str, key: str, call: Callable[..., Any], allowed: Mapping[str, str]) -> Stage:
     if not callable(call):
         raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
     _check_object(key, call)
@@ -335,7 +353,7 @@ def _stage(slot: str, key: str, call: Callable[..., Any]) -> Stage:
     observer = _observer(slot, key, call, needs, kinds)
     for name in needs:
         if observer is None or name != OBSERVED:
-            _check_signal(slot, key, name)
+            _check_signal(slot, key, name, allowed)
     needs = [f"{key}.{OBSERVED}" if name == OBSERVED else name for name in needs]
     stage = Stage(key, call, tuple(needs), kinds, observer)
     lost = AFTER_SHUFFLE_LOST & set(needs)
@@ -367,7 +385,7 @@ def _observer(
         )
     names = tuple(inspect.signature(observe).parameters)
     for name in names:
-        _check_signal("observe", key, name)
+        _check_signal("observe", key, name, WINDOW)
         if slot == "controls" and name in NEVER_GATHERED:
             raise UserError(f"{key}: each rank has '{name}' of its own rows only, so ranks would sample differently.")
     return Stage(key, observe, names, kinds)
@@ -389,8 +407,7 @@ def _check_object(key: str, call: Callable[..., Any]) -> None:
             )
 
 
-def _check_signal(slot: str, key: str, name: str) -> None:
-    allowed = WINDOW if slot == "observe" else SLOTS[slot]
+def _check_signal(slot: str, key: str, name: str, allowed: Mapping[str, str]) -> None:
     if name in allowed:
         return
     if name in WINDOW or name in LIVE:
@@ -399,7 +416,10 @@ def _check_signal(slot: str, key: str, name: str) -> None:
             f"{key}: the signal '{name}' cannot be had in {where}, which runs before it exists; there are: "
             f"{', '.join(allowed)}."
         )
-    raise UserError(f"{key}: there is no signal '{name}'{nearest(name, allowed)}; there are: {', '.join(allowed)}.")
+    made = f", and what +mark={name} would make" if slot in MARKED_SLOTS else ""
+    raise UserError(
+        f"{key}: there is no signal '{name}'{nearest(name, allowed)}; there are: {', '.join(allowed)}{made}."
+    )
 
 
 def _bare(call: Callable[..., Any]) -> Any:
@@ -521,6 +541,12 @@ def _check_published(pipeline: Pipeline) -> None:
                     f"{stage.key}: no rows stage publishes '{name}'; add one that does with '+rows=...', or choose "
                     "the method whole with '+exp=...'."
                 )
+
+
+def _check_marks(pipeline: Pipeline) -> None:
+    for mark in pipeline["marks"]:
+        if not pipeline.needs(mark.name):
+            raise UserError(f"{mark.key}: no stage names '{mark.name}', so it would do nothing; leave it out.")
 
 
 def _check_alternatives(pipeline: Pipeline) -> None:

@@ -228,6 +228,7 @@ def assemble(
         callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
         pipeline=pipeline,
         template=parts.template(cfg.model, tokenizer),
+        appended_id=parts.appended(cfg.model, tokenizer),
         pack_tokens=cfg.rollout.pack_tokens,
         batch_rows=cfg.rollout.batch_rows,
         normaliser=cfg.rollout.normaliser,

@@ -1,6 +1,7 @@
 """TokenGRPOTrainer: TRL's GRPOTrainer with a pipeline of stages plugged into its two seams.
 
-    make_window   prompts, controls -> [sample, grade, rows] -> TRL's window, shapes -> credits, bounds, weights, ratios
+    make_window   prompts, controls -> [sample, grade, rows] -> TRL's window, shapes -> credits, marks, bounds,
+                  weights, ratios
     step_loss     one forward -> forward bounds, weights, ratios -> TRL's loss -> auxiliary losses
 
 It holds no algorithm: methods live in `rltoken.methods`, what stages see in `rltoken.signals`, TRL's private names in
@@ -41,6 +42,7 @@ class TokenGRPOTrainer(SeamTrainer):
     Args (besides GRPOTrainer's):
         pipeline: the method, from `rltoken.pipeline.build`; an empty one is plain GRPO.
         template: the token that ends the model's thinking, and what forces an answer; by default it does not think.
+        appended_id: the token of the signals `appended` and `old_appended`.
         pack_tokens: tokens (padding counted) that one forward and backward may hold; None leaves TRL's micro-batches;
             'auto' is that, but per_device_train_batch_size x max_completion_length where there are rows stages, whose
             rows would make TRL's micro-batches many times larger.
@@ -64,6 +66,7 @@ class TokenGRPOTrainer(SeamTrainer):
         *args: Any,
         pipeline: Pipeline | None = None,
         template: Template = NO_TEMPLATE,
+        appended_id: int | None = None,
         pack_tokens: int | str | None = None,
         batch_rows: int | None = None,
         normaliser: str = "thinking",
@@ -76,7 +79,7 @@ class TokenGRPOTrainer(SeamTrainer):
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
-        self.patience = patience
+        self.patience, self.appended_id = patience, appended_id
         self.classes, self.on_change, self.record = classes, on_change, record or {}
         self._rng: torch.Generator | None = None
         self._windows = 0
@@ -150,7 +153,8 @@ class TokenGRPOTrainer(SeamTrainer):
         self._log_rollout(rows, len(inputs), rollout.metrics if rollout else {})
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
-        if self.pipeline.stages("credits", "bounds", "weights", "ratios", "aux") or self.pipeline.observers:
+        slots = ("credits", "marks", "bounds", "weights", "ratios", "aux")
+        if self.pipeline.stages(*slots) or self.pipeline.observers:
             local = self._local_signals(window, inputs, rows)
             self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
             self._carry(window, local, added=len(rows) > len(inputs))
@@ -286,11 +290,13 @@ class TokenGRPOTrainer(SeamTrainer):
             window["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
 
     def _credit_stages(self, window: dict[str, Any], local: Signals, world: Signals) -> None:
-        """Run what acts on the scored window, in the order credits, bounds, weights, ratios, and what looks at it."""
+        """Run what acts on the scored window: credits, marks, bounds, weights, ratios, and what looks at it."""
         for stage in self.pipeline["credits"]:
             (advantages,) = self._on_window(stage, local, world, "advantages", neutral=0.0)
             self._refuse_token_credit_per_sequence(stage, advantages, local["mask"])
             window["advantages"] = advantages
+        for stage in self.pipeline["marks"]:
+            self._mark(stage, local, world)
         for stage in self.pipeline.stages("bounds", live=False):
             window["eps_low"], window["eps_high"] = self._on_window(stage, local, world, "eps_low", "eps_high")
         for stage in self.pipeline.stages("weights", live=False):
@@ -309,6 +315,17 @@ class TokenGRPOTrainer(SeamTrainer):
                 self._on_window(stage.observer, local, world, stage.observed, neutral=0.0)
             elif stage.observer:
                 look(stage.observer, world)
+
+    def _mark(self, stage: Stage, local: Signals, world: Signals) -> None:
+        """Make the signal of a mark: 0 in rows on which it does not act."""
+        bare, found = noted(stage)
+        both = (local,) if world is local else (local, world)
+        for signals in both:
+            signals.put(stage.name, torch.zeros_like(signals["advantages"]))
+        self._on_window(bare, local, world, stage.name)
+        if found.get("per_row"):
+            for signals in both:
+                signals.put(stage.name, signals[stage.name][:, 0])
 
     def _on_window(
         self, stage: Stage, local: Signals, world: Signals, *names: str, neutral: float | None = None
@@ -359,7 +376,7 @@ class TokenGRPOTrainer(SeamTrainer):
     def _old_parts(self) -> frozenset[str]:
         """What the old-log-prob pass must give: forward stages have old log-probs of their own on-policy."""
         window_stages = self.pipeline.stages(live=False) + self.pipeline.observers
-        parts = {part for part in ("entropy", "hidden") if self.pipeline.needs(f"old_{part}")}
+        parts = {part for part in ("entropy", "hidden", "appended") if self.pipeline.needs(f"old_{part}")}
         return frozenset(parts | {"logps" for stage in window_stages if "old_logps" in stage.needs})
 
     def _sampled_makers(self, inputs: Any, texts: Any, ids: Any, group: Any) -> dict[str, Callable[[], Any]]:
@@ -420,6 +437,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "old_logps": lambda: old["pass"].logps,
                 "old_entropy": lambda: old["pass"].entropy,
                 "old_hidden": lambda: old["pass"].hidden,
+                "old_appended": lambda: old["pass"].appended,
                 "ref_logps": lambda: reference["pass"][0],
                 "ref_entropy": lambda: reference["pass"][1],
                 "head": lambda: self.head,
@@ -456,8 +474,9 @@ class TokenGRPOTrainer(SeamTrainer):
         if not live and inputs.keys().isdisjoint(("eps_low", "replaced_logps")):
             loss = self.stock_loss(model, inputs)
             return loss * scale if "row_scale" in inputs else loss
-        memo, hidden = self.forward(model, inputs, hidden=any("hidden" in stage.needs for stage in live))
-        signals = self._live_signals(inputs, memo, hidden)
+        asked = {part for part in ("hidden", "appended") for stage in live if part in stage.needs}
+        memo, found = self.forward(model, inputs, frozenset(asked))
+        signals = self._live_signals(inputs, memo, found)
         inputs = self._token_stages(inputs, signals)
         bounds = self.epsilon_low, self.epsilon_high
         if "eps_low" in inputs:
@@ -471,9 +490,9 @@ class TokenGRPOTrainer(SeamTrainer):
         return loss
 
     def _live_signals(
-        self, inputs: dict[str, Any], memo: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor | None
+        self, inputs: dict[str, Any], memo: tuple[Tensor, Tensor, Tensor | None], found: dict[str, Tensor]
     ) -> Signals:
-        """Every signal of a micro-batch."""
+        """Every signal of a micro-batch; `found` are those that its forward gave on demand."""
         logps, entropy, _ = memo
         old_logps = inputs.get("old_per_token_logps", logps.detach())
         carried = {
@@ -492,7 +511,8 @@ class TokenGRPOTrainer(SeamTrainer):
                 "head": lambda: self.head,
                 "logps": lambda: logps,
                 "entropy": lambda: entropy,
-                "hidden": lambda: hidden,
+                "hidden": lambda: found["hidden"],
+                "appended": lambda: found["appended"],
                 "ratio": lambda: torch.exp(logps - old_logps),
                 "eps_low": lambda: inputs.get("eps_low", torch.full_like(logps.detach(), self.epsilon_low)),
                 "eps_high": lambda: inputs.get("eps_high", torch.full_like(logps.detach(), self.epsilon_high)),
@@ -527,20 +547,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _auxiliary_loss(self, stage: Stage, signals: Signals, inputs: dict[str, Any]) -> Tensor:
         """A scalar: the stage's unreduced loss, reduced as TRL reduces the policy loss, divided by the full mask."""
-        found: dict[str, Any] = {}
-
-        def without_metrics(*needed: Any) -> Tensor:
-            """The stage's loss; its metrics, and whether it is per row, are put aside."""
-            value = stage.call(*needed)
-            value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
-            if value.dim() == 0:
-                raise UserError(
-                    f"{stage.key}: the stage returned one number; return the unreduced loss, [B, T] or [B]."
-                )
-            found["per_row"] = value.dim() == 1
-            return value
-
-        bare = dataclasses.replace(stage, call=without_metrics)
+        bare, found = noted(stage)
         (values,) = act(bare, signals, torch.zeros_like(signals["logps"]), kinds=signals["kind"])
         for name, value in found.get("metrics", {}).items():
             # of this rank: another one's micro-batch may have no row of the stage's kinds, and would wait for ever
@@ -654,12 +661,37 @@ class TokenGRPOTrainer(SeamTrainer):
                 "trainer.router_aux_loss_coef: the router loss of a mixture of experts would be counted once per pack "
                 "and for added rows too; set it to 0, or leave out rollout.pack_tokens and rows stages."
             )
+        if self.appended_id is None and (self.pipeline.needs("appended") or self.pipeline.needs("old_appended")):
+            raise UserError(
+                "model.appended: a stage names the signal 'appended' or 'old_appended'; set a token of the tokenizer "
+                "that the model never writes, such as '<|vision_start|>' of Qwen's."
+            )
         if self.pipeline.needs("answers") and self.classes is None:
             raise UserError(NO_CLASSES)
         if {"image", "images"} & set(self.train_dataset.column_names or ()):
             raise UserError(
                 "data: the data set has an image column, and rltoken trains on text only; remove the column."
             )
+
+
+def noted(stage: Stage) -> tuple[Stage, dict[str, Any]]:
+    """The stage returning its tensor alone, and where its `metrics` and whether that is `per_row` are put aside."""
+    found: dict[str, Any] = {}
+
+    def alone(*needed: Any) -> Tensor:
+        """The stage's tensor.
+
+        Raises:
+            UserError: it is one number.
+        """
+        value = stage.call(*needed)
+        value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
+        if value.dim() == 0:
+            raise UserError(f"{stage.key}: the stage returned one number; return one per token or row: [B, T] or [B].")
+        found["per_row"] = value.dim() == 1
+        return value
+
+    return dataclasses.replace(stage, call=alone), found
 
 
 def change_prompts(

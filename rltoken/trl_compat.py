@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
@@ -74,15 +75,19 @@ class Replay:
 
 @dataclass
 class OldPass:
-    """What one pass of the sampling policy over the window gave: [B, T], [B, T] or None, [B, T, H] or None."""
+    """What one pass of the sampling policy over the window gave: [B, T], and where asked for [B, T], [B, T, H], [B]."""
 
     logps: Tensor
     entropy: Tensor | None
     hidden: Tensor | None
+    appended: Tensor | None
 
 
 class SeamTrainer(VLLMTrainer):
     """GRPOTrainer whose seams are public; by itself it trains exactly as GRPOTrainer does."""
+
+    appended_id: int | None = None
+    """The token whose log-probability after the last one a forward gives on demand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._replay: Replay | None = None
@@ -319,21 +324,20 @@ class SeamTrainer(VLLMTrainer):
             self._forward_memo = None
 
     def forward(
-        self, model: nn.Module, inputs: dict[str, Any], *, hidden: bool = False
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
-        """TRL's training forward of a micro-batch, once: (log-probs, entropies, MoE loss), and hidden states if asked.
+        self, model: nn.Module, inputs: dict[str, Any], what: frozenset[str] = frozenset()
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Tensor]]:
+        """TRL's training forward of a micro-batch, once: (log-probs, entropies, MoE loss), and what else is asked for.
 
-        Shapes [B, T], [B, T], scalar or None, and [B, T, H]: the state that produces each completion token.
+        Shapes [B, T], [B, T], scalar or None; of `what`, 'hidden' is [B, T, H], the state that produces each completion
+        token, and 'appended' [B], the log-probability of `appended_id` after the last one.
         """
-        with self._capture(model, hidden) as captured:
-            memo = super()._get_per_token_logps_and_entropies(
-                model, *_scored(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
-            )
-        return memo, _producing(captured, inputs["completion_ids"].size(1))
+        return self._extended(
+            model, *_scored(inputs), what=what, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
 
     @contextlib.contextmanager
     def recording(self, what: frozenset[str]) -> Iterator[None]:
-        """Keep what TRL's own old-log-prob pass computes inside the context ('entropy' and 'hidden' on demand)."""
+        """Keep what TRL's own old-log-prob pass computes inside the context ('entropy', 'hidden', 'appended')."""
         self._record = what if what and self.makes_old_logps else None
         self._recorded = None
         try:
@@ -492,11 +496,33 @@ class SeamTrainer(VLLMTrainer):
         return num_generations if bool(everywhere) else 1
 
     def _old_forward(self, model, input_ids, attention_mask, logits_to_keep, *, what, **kwargs) -> OldPass:
+        (logps, entropy, _), found = self._extended(
+            model, input_ids, attention_mask, logits_to_keep, what=what, compute_entropy="entropy" in what, **kwargs
+        )
+        return OldPass(logps, entropy, found.get("hidden"), found.get("appended"))
+
+    def _extended(self, model, input_ids, attention_mask, logits_to_keep, *, what, **kwargs):
+        """TRL's forward, and of `what` hidden states and the log-probability of an appended token, all of one pass."""
+        columns, completion = logits_to_keep, attention_mask[:, -logits_to_keep:]
+        lengths = completion.sum(1, keepdim=True)
+        if "appended" in what:
+            place = input_ids.size(1) - columns + lengths
+            input_ids = pad(input_ids, (0, 1)).scatter(1, place, self.appended_id)
+            attention_mask = pad(attention_mask, (0, 1)).scatter(1, place, 1)
+            logits_to_keep += 1
         with self._capture(model, "hidden" in what) as captured:
-            logps, entropy, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, compute_entropy="entropy" in what, **kwargs
+            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **kwargs
             )
-        return OldPass(logps, entropy, _producing(captured, logits_to_keep))
+        found = {}
+        if "hidden" in what:
+            found["hidden"] = _producing(captured, logits_to_keep)[:, :columns]
+        if "appended" in what:
+            found["appended"] = logps.gather(1, lengths).squeeze(1)
+            padding = completion == 0  # TRL gives 0 there, and in the column of the appended token too
+            logps = logps[:, :columns].masked_fill(padding, 0.0)
+            entropy = None if entropy is None else entropy[:, :columns].masked_fill(padding, 0.0)
+        return (logps, entropy, aux_loss), found
 
     def _plain_pass(self, model: nn.Module, window: dict[str, Any], with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         logps, entropy, _ = super()._get_per_token_logps_and_entropies(
@@ -558,10 +584,8 @@ def _scored(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return ids, attention, inputs["completion_ids"].size(1)
 
 
-def _producing(captured: list[Tensor], completion_columns: int) -> Tensor | None:
+def _producing(captured: list[Tensor], completion_columns: int) -> Tensor:
     """The hidden state one position before each completion token."""
-    if not captured:
-        return None
     return torch.cat([states[:, -completion_columns - 1 : -1] for states in captured])
 
 

@@ -14,12 +14,14 @@ EVERY_GROUP = (
     "method.controls.length_schedule.start=8",
     "+rows=[dynamic_sampling,forced_answer]",
     "+shape=length_regularised",
-    "+credit=[entropy_advantage,group_centred]",
+    "+credit=[entropy_advantage,self_reward,group_centred]",
+    "method.credits.self_reward.after=0",
+    "+mark=[high_covariance,class_balance]",
     "+bounds=clip_range",
-    "+weight=[forks,forks_microbatch,thr]",
+    "+weight=[forks,forks_microbatch,thr,clip_cov]",
     "method.weights.forks.kinds=[thinking,summary]",
     "+ratio=gspo_token",
-    "+aux=entropy_bonus",
+    "+aux=[entropy_bonus,kl_cov,self_reward]",
 )
 
 

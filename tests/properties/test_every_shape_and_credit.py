@@ -15,6 +15,7 @@ from rltoken.config import register_schemas
 from rltoken.methods.tldr_style import LEVELS
 from rltoken.pipeline import build
 from rltoken.signals import rows_of
+from rltoken.types import Progress
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 STAGES = sorted(f"{path.parent.name}/{path.stem}" for group in ("shape", "credit") for path in CONF.glob(f"{group}/*"))
@@ -36,7 +37,10 @@ SETTINGS = {
     "shape/tldr_style": ("short=3",),
 }
 """Constants at the size of these windows, large enough to lift wrong answers where nothing prevents it."""
-BESIDE = {"credit/hbpo": ("+shape=hbpo",)}
+BESIDE = {
+    "credit/hbpo": ("+shape=hbpo",),
+    "credit/self_reward": ("+mark=class_balance", "+aux=self_reward", "method.credits.self_reward.after=0"),
+}
 LABEL_FREE = ("shape/ttrl", "shape/ttrl_extra")
 """Shapes that reward what the group agrees on, right or wrong."""
 CASES = ("random", "all correct", "all wrong", "one success", "equal lengths")
@@ -107,6 +111,8 @@ def window(seed, case, groups=3, size=4, tokens=100):
         "advantages": torch.randn(rows, 1, generator=generator).expand(rows, tokens).clone(),
         "old_entropy": torch.rand(rows, tokens, generator=generator),
         "extra_answers": torch.randint(-1, 4, (groups, 3), generator=generator)[group],
+        "old_appended": -23 + 5 * torch.randn(rows, generator=generator),
+        "progress": Progress(3, 9),
         "budgets": torch.tensor([[25, 50, 100]]).expand(rows, 3),
         "budget_scores": torch.rand(rows, 3, generator=generator),
     }

@@ -6,17 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rltoken import ops
 from rltoken.methods.entropy_advantage import entropy_advantage
 from rltoken.methods.entropy_bonus import entropy_bonus
+from rltoken.methods.entropy_covariance import clip_cov, high_covariance
 from rltoken.methods.forced_answer import group_centred
 from rltoken.methods.forking_tokens import forks, forks_microbatch
 from rltoken.methods.gspo_token import gspo_token
+from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.ops import group_mean, masked_mean, quantile
 from rltoken.pipeline import build
 from rltoken.rollout import packs
+from rltoken.signals import rows_of
 
 TOKEN_STAGES = {
     "forks": ("weights", forks),
@@ -24,6 +28,10 @@ TOKEN_STAGES = {
     "gspo_token": ("ratios", gspo_token),
     "entropy_advantage": ("credits", entropy_advantage),
     "entropy_bonus": ("aux", entropy_bonus),
+    "high_covariance": ("marks", functools.partial(high_covariance, share=0.2)),
+    "clip_cov": ("weights", functools.partial(clip_cov, share=1.0, lower=0.1)),
+    "sequence_ratio": ("ratios", sequence_ratio),
+    "own_share": ("weights", own_share),
 }
 ROW_STAGES = {"length_regularised": length_regularised, "group_centred": group_centred}
 
@@ -43,6 +51,8 @@ def window(seed, groups=2, size=3, tokens=5):
         "old_entropy": normal().abs(),
         "logps": -normal().abs(),
         "old_logps": -normal().abs(),
+        "ratio": normal().exp(),
+        "rng": torch.Generator().manual_seed(seed),
         "advantages": normal(),
         "rewards": torch.randint(0, 2, (rows,), generator=generator).float(),
         "thinking_lengths": lengths,
@@ -62,7 +72,7 @@ def test_masked_tokens_never_matter(name, seed):
     signals = window(seed)
     mask = signals["mask"].bool()
     garbage = dict(signals)
-    for key in ("entropy", "old_entropy", "logps", "old_logps", "advantages"):
+    for key in ("entropy", "old_entropy", "logps", "old_logps", "ratio", "advantages"):
         garbage[key] = torch.where(mask, signals[key], torch.full_like(signals[key], 1e6))
     clean, dirty = stage(name).run(signals), stage(name).run(garbage)
     assert torch.equal(clean[mask], dirty[mask])
@@ -74,7 +84,7 @@ def test_masked_tokens_never_matter(name, seed):
 def test_padding_never_matters(name, seed, padding):
     signals = window(seed)
     padded = {
-        key: torch.nn.functional.pad(value, (0, padding)) if value.dim() == 2 else value
+        key: torch.nn.functional.pad(value, (0, padding)) if isinstance(value, Tensor) and value.dim() == 2 else value
         for key, value in signals.items()
     }
     columns = signals["mask"].size(1)
@@ -88,7 +98,7 @@ def test_padding_never_matters(name, seed, padding):
 def test_permuting_rows_permutes_results(name, seed):
     signals = window(seed)
     order = torch.randperm(signals["mask"].size(0), generator=torch.Generator().manual_seed(seed))
-    shuffled = {key: value[order] for key, value in signals.items()}
+    shuffled = rows_of(signals, order)
     if name in TOKEN_STAGES:
         run = stage(name).run
     else:

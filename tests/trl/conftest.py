@@ -17,6 +17,8 @@ from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import World
 from rltoken.trainer import TokenGRPOTrainer
 
+OPTIONS = ("pack_tokens", "normaliser", "on_change", "classes", "appended_id")
+"""What `run` hands to TokenGRPOTrainer itself."""
 WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
@@ -83,9 +85,7 @@ def run(tiny, tmp_path):
     count = iter(range(100))
 
     def train(stages=None, *, lora=False, adapter=None, reward=token_parity, resume=None, **changes):
-        options = {
-            name: changes.pop(name) for name in ("pack_tokens", "normaliser", "on_change", "classes") if name in changes
-        }
+        options = {name: changes.pop(name) for name in OPTIONS if name in changes}
         if stages is not None:
             options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)

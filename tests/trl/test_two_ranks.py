@@ -46,6 +46,8 @@ def distance(one, two):
     [
         ("tokens", "dapo", 0),
         ("thr", "dapo", 0),
+        ("marks", "dapo", 60),
+        ("self_reward", "dr_grpo", 60),
         ("rows", "grpo", 60),
         ("brpo", "dr_grpo", 60),
         ("hapo", "dapo", 0),

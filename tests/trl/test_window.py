@@ -21,7 +21,7 @@ from rltoken.methods.hbpo import subgroup_prompt
 from rltoken.methods.l1 import l1_exact
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.length_schedule import length_schedule
-from rltoken.types import SAMPLED, SCORED
+from rltoken.types import LIVE, SAMPLED, SCORED
 
 
 def sometimes(completion_ids, **_):
@@ -43,7 +43,8 @@ def spy(seen, names, result):
 def test_every_window_signal_can_be_had_and_has_its_shape(run):
     seen, names = [], [*SAMPLED, *SCORED]
     names.remove("answers")
-    run({"rows": {"force": forced_answer}, "credits": {"spy": spy(seen, names, "advantages")}}, reward=sometimes)
+    stages = {"rows": {"force": forced_answer}, "credits": {"spy": spy(seen, names, "advantages")}}
+    run(stages, reward=sometimes, appended_id=2)
     assert len(seen) == 4
     signals = seen[0]
     rows, tokens = signals["mask"].shape
@@ -51,6 +52,7 @@ def test_every_window_signal_can_be_had_and_has_its_shape(run):
     for name in ("ids", "advantages", "old_logps", "old_entropy", "ref_logps"):
         assert signals[name].shape == (rows, tokens), name
     assert signals["old_hidden"].shape == (rows, tokens, 64)
+    assert signals["old_appended"].shape == (rows,) and (signals["old_appended"] < 0).all()
     assert signals["group"].tolist() == [0] * 4 + [1] * 4
     assert signals["parent"].tolist() == list(range(8)) and set(signals["kind"]) == {"thinking"}
     assert signals["lengths"].tolist() == signals["mask"].sum(1).tolist()
@@ -61,10 +63,11 @@ def test_every_window_signal_can_be_had_and_has_its_shape(run):
 
 def test_live_signals(run):
     seen = []
-    names = ["logps", "entropy", "hidden", "ratio", "eps_low", "eps_high", "old_logps", "mask", "group", "old_entropy"]
-    run({"weights": {"spy": spy(seen, names, "mask * 0 + 1")}}, num_iterations=2)
+    names = [*(name for name in LIVE if name != "weight"), "old_logps", "mask", "group", "old_entropy"]
+    run({"weights": {"spy": spy(seen, names, "mask * 0 + 1")}}, num_iterations=2, appended_id=2)
     first, second = seen[0], seen[1]
     assert first["hidden"].requires_grad and first["hidden"].shape[:2] == first["mask"].shape
+    assert first["appended"].requires_grad and first["appended"].shape == first["group"].shape
     mask = first["mask"].bool()
     assert torch.equal(first["ratio"][mask], torch.ones_like(first["ratio"][mask]))
     assert not torch.equal(second["ratio"][mask], torch.ones_like(second["ratio"][mask]))

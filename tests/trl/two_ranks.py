@@ -16,10 +16,12 @@ from rltoken.methods.budget_prompt import budget_prompt
 from rltoken.methods.dynamic_sampling import dynamic_sampling
 from rltoken.methods.entropy_advantage import entropy_advantage
 from rltoken.methods.entropy_bonus import entropy_bonus
+from rltoken.methods.entropy_covariance import clip_cov, high_covariance, kl_cov, unclipped
 from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.hapo_entropy import AdaptiveTemperature, Redistribution, adaptive_clip, token_average
+from rltoken.methods.last_token import class_balance, mix_self_reward, self_reward_loss
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.spine import entropy_band, masked_kl, mixed_groups, random_tokens, reference_band, spine_forks
 from rltoken.methods.thr import nthr, thr
@@ -63,6 +65,17 @@ METHODS = {
         "weights": {"thr": functools.partial(thr, p=0.5, max_tokens=12), "nthr": nthr},
         "ratios": {"gspo": gspo_token},
     },
+    "marks": {
+        "marks": {"high_covariance": functools.partial(high_covariance, share=0.1)},
+        "bounds": {"unclipped": unclipped},
+        "weights": {"clip_cov": functools.partial(clip_cov, share=0.1, lower=0.1)},
+        "aux": {"kl_cov": kl_cov},
+    },
+    "self_reward": {
+        "marks": {"class_balance": class_balance},
+        "aux": {"self_reward": functools.partial(self_reward_loss, reference=-3.6, scale=5.0)},
+        "credits": {"mixed": functools.partial(mix_self_reward, reference=-3.6, scale=5.0, least=0.0, after=0)},
+    },
     "rows": {
         "rows": {"force": functools.partial(forced_answer, max_new_tokens=3)},
         "credits": {"summary": group_centred},
@@ -95,6 +108,17 @@ METHODS = {
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
+
+
+APPENDED = 2
+
+
+class SomeEnd:
+    """Completions of an odd number of tokens end with an end-of-sequence token."""
+
+    def sample(self, prompt_ids, **kwargs):
+        completions, logps = super().sample(prompt_ids, **kwargs)
+        return [ids + self.eos_token_ids[:1] * (len(ids) % 2) for ids in completions], logps
 
 
 class Replayed(TokenGRPOTrainer):
@@ -145,9 +169,13 @@ def arguments(out, rows, **changes):
     )
 
 
+class ReplayedWithEnds(SomeEnd, Replayed):
+    """Some completions end, so that some are cut."""
+
+
 def main(model, data, out, rows, method, loss_type, pack_tokens):
     """Two optimizer steps of 4 prompts x 4 generations, on however many ranks there are."""
-    trainer = Replayed(
+    trainer = (ReplayedWithEnds if method == "self_reward" else Replayed)(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
         args=arguments(out, rows, learning_rate=1e-2, optim="sgd", loss_type=loss_type, num_iterations=2),
@@ -157,6 +185,7 @@ def main(model, data, out, rows, method, loss_type, pack_tokens):
         template=Template(think_end_id=7, cut=(7,)),
         pack_tokens=int(pack_tokens) or None,
         classes=classes,
+        appended_id=APPENDED,
     )
     trainer.train()
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from two_ranks import Replayed, arguments, reward
+from two_ranks import APPENDED, ReplayedWithEnds, arguments, reward
 
 from rltoken.cli import leave_process_group
 from rltoken.config import register_schemas
@@ -29,6 +29,12 @@ SETTINGS = {
     "shape/hbpo": ["+prompt=hbpo"],
     "credit/hbpo": ["+prompt=hbpo", "+shape=hbpo"],
     "shape/ttrl_extra": ["+rows=extra_votes", "method.rows.extra_votes.votes=5"],
+    "credit/self_reward": [
+        "+mark=class_balance",
+        "+aux=self_reward",
+        "method.aux.self_reward.scale=5.0",
+        "method.credits.self_reward.after=0",
+    ],
     "credit/brpo": None,  # has rows of its own: test_two_ranks_equal_one
     "credit/group_centred": None,
 }
@@ -38,14 +44,6 @@ SETTINGS = {
 def classes(texts, group):
     """Three answers, told apart by the number of words, or none."""
     return [len(text.split()) % 4 - 1 for text in texts]
-
-
-class SomeEnd(Replayed):
-    """Completions of an odd number of tokens end with an end-of-sequence token."""
-
-    def sample(self, prompt_ids, **kwargs):
-        completions, logps = super().sample(prompt_ids, **kwargs)
-        return [ids + self.eos_token_ids[:1] * (len(ids) % 2) for ids in completions], logps
 
 
 def stages():
@@ -76,7 +74,7 @@ def main(model, data, out, rows):
     for name in stages():
         with initialize_config_module("rltoken.conf", version_base="1.3"):
             pipeline, seen = method(name)
-        trainer = SomeEnd(
+        trainer = ReplayedWithEnds(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             reward_funcs=reward,
             args=arguments(out, rows, learning_rate=0.0),
@@ -85,6 +83,7 @@ def main(model, data, out, rows):
             pipeline=pipeline,
             template=Template(think_end_id=7, cut=(7,)),
             classes=classes,
+            appended_id=APPENDED,
         )
         trainer.train()
         found[name] = seen

@@ -78,7 +78,9 @@ def make(tiny, tmp_path):
     with contextlib.ExitStack() as engines:
 
         def trainer(stages=None, *, folder=None, lora=False, server=None, **changes):
-            ours = {key: changes.pop(key) for key in ("max_logp_difference", "patience") if key in changes}
+            ours = {
+                key: changes.pop(key) for key in ("max_logp_difference", "patience", "appended_id") if key in changes
+            }
             path, tokenizer, dataset = tiny
             path = folder or path
             made = TokenGRPOTrainer(
