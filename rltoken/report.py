@@ -15,16 +15,23 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from rltoken.evals.efficiency import tokens_to_reach
+from rltoken.evals.intervals import compare, told
+
 ROWS = (
-    ("accuracy", "accuracy", "{:.3f}", "accuracy_half_width"),
-    ("anytime accuracy (mean over budgets)", "anytime_accuracy", "{:.3f}", "anytime_accuracy_half_width"),
-    ("accuracy at the last budget", "final_accuracy", "{:.3f}", "final_accuracy_half_width"),
-    ("thinking tokens, mean", "thinking_tokens", "{:.1f}", "thinking_tokens_half_width"),
-    ("thinking tokens, median", "thinking_tokens_median", "{:.0f}", None),
-    ("thinking tokens, 95th percentile", "thinking_tokens_p95", "{:.0f}", None),
-    ("completion tokens, mean", "completion_tokens", "{:.1f}", None),
-    ("completions cut", "truncated", "{:.1%}", None),
+    ("anytime accuracy", "anytime_accuracy", "{:.3f}"),
+    ("accuracy at the last budget", "final_accuracy", "{:.3f}"),
+    ("thinking tokens, mean", "thinking_tokens", "{:.1f}"),
+    ("thinking tokens, median", "thinking_tokens_median", "{:.0f}"),
+    ("thinking tokens, p95", "thinking_tokens_p95", "{:.0f}"),
+    ("thinking tokens, correct", "thinking_tokens_correct", "{:.1f}"),
+    ("thinking tokens, wrong", "thinking_tokens_wrong", "{:.1f}"),
+    ("completion tokens, mean", "completion_tokens", "{:.1f}"),
+    ("completions cut", "truncated", "{:.1%}"),
 )
+DRAWN = (("pass@{}", "pass_at_k"), ("maj@{}", "majority_at_k"))
+"""Metrics of several samples, of which the table shows that of all samples."""
+COMPARED = (("accuracy", "problem_accuracy", ".3f"), ("thinking tokens", "problem_thinking_tokens", ".1f"))
 COUNTED = ("outcomes", "forced_outcomes")
 PLAIN = {"correct", "wrong"}
 """Outcomes that the accuracies tell already."""
@@ -37,19 +44,51 @@ def table(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
     """One column per evaluation (a phase, or a model), with 95 % intervals clustered by problem where there are any."""
     numbers = list(evaluations.values())
     problems = numbers[0]["problems"]
+    each = numbers[0]["samples"] // problems
     made = Table(
-        title=f"{title}{problems} problems x {numbers[0]['samples'] // problems} samples",
-        caption="± is the half width of the 95 % interval, clustered by problem",
+        title=f"{title}{problems} problems x {each} samples",
+        caption="± (half width) and [ ] are 95 % intervals, clustered by problem",
     )
     made.add_column("")
     for name in evaluations:
         made.add_column(name, justify="right")
-    for label, key, form, half_width in ROWS:
+    made.add_row(f"accuracy (avg@{each})", *(cell(metrics, "accuracy", "{:.3f}") for metrics in numbers))
+    for label, key in DRAWN:
+        if all(key in metrics and metrics["k"] == numbers[0]["k"] for metrics in numbers):
+            made.add_row(
+                label.format(numbers[0]["k"][-1]), *(cell(last(metrics, key), key, "{:.3f}") for metrics in numbers)
+            )
+    for label, key, form in ROWS:
         if all(key in metrics for metrics in numbers):
-            made.add_row(label, *(cell(metrics, key, form, half_width) for metrics in numbers))
+            made.add_row(label, *(cell(metrics, key, form) for metrics in numbers))
+    if len(numbers) > 1 and all("budgets" in metrics for metrics in numbers):
+        reference = numbers[0]["final_accuracy"]
+        made.add_row(f"tokens that reach {reference:.3f}", *(reached(metrics, reference) for metrics in numbers))
     for outcome in sorted({name for metrics in numbers for kind in COUNTED for name in metrics.get(kind, {})} - PLAIN):
         made.add_row(f"graded as {outcome.replace('_', ' ')}", *(counts(metrics, outcome) for metrics in numbers))
     return made
+
+
+def last(metrics: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The last of a list of numbers, and its interval."""
+    return {name: metrics[name][-1] for name in (key, f"{key}_interval")}
+
+
+def reached(metrics: Mapping[str, Any], reference: float) -> str:
+    """The thinking budget at which the accuracy of forced answers reaches a reference."""
+    found = tokens_to_reach(metrics["budgets"], metrics["budget_accuracy"], reference)
+    return "never" if found is None else f"{found:.1f}"
+
+
+def comparisons(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What paired tests say of every evaluation and the first one, where they hold numbers of the same problems."""
+    (first, base), *others = evaluations.items()
+    return [
+        told(compare(metrics[key], base[key]), name, first, what, form)
+        for name, metrics in others
+        for what, key, form in COMPARED
+        if key in base and base[key].keys() == metrics.get(key, {}).keys()
+    ]
 
 
 def counts(metrics: Mapping[str, Any], outcome: str) -> str:
@@ -58,27 +97,32 @@ def counts(metrics: Mapping[str, Any], outcome: str) -> str:
     return f"{completions}" + (f", {forced} forced" if metrics.get(COUNTED[1]) else "")
 
 
-def cell(metrics: Mapping[str, Any], key: str, form: str, half_width: str | None) -> str:
-    """A number with the half width of its interval, where it has one."""
-    spread = metrics.get(half_width)
-    return form.format(metrics[key]) + (f" ± {form.format(spread)}" if spread is not None else "")
+def cell(metrics: Mapping[str, Any], key: str, form: str) -> str:
+    """A number with the ends of its interval, or half its width, where it has one; a dash where there is no number."""
+    if metrics[key] is None:
+        return "-"
+    number = form.format(metrics[key])
+    if ends := metrics.get(f"{key}_interval"):
+        return f"{number} [{form.format(ends[0])}, {form.format(ends[1])}]"
+    spread = metrics.get(f"{key}_half_width")
+    return number if spread is None else f"{number} ± {form.format(spread)}"
 
 
 def curve(axis: Any, metrics: Mapping[str, Any], label: str, colour: str) -> None:
     """Draw accuracy against thinking budget with its interval; where no answer was forced, one point at its length."""
     if "budgets" in metrics:
-        # one problem alone has no interval
-        spread = [half_width or 0.0 for half_width in metrics["budget_accuracy_half_width"]]
         means = metrics["budget_accuracy"]
         axis.plot(metrics["budgets"], means, marker="o", markersize=3, color=colour, label=label)
-        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-        axis.fill_between(metrics["budgets"], low, high, color=colour, alpha=0.15, linewidth=0)
+        # one problem alone has no interval
+        ends = [found or (mean, mean) for found, mean in zip(metrics["budget_accuracy_interval"], means, strict=True)]
+        axis.fill_between(metrics["budgets"], *zip(*ends, strict=True), color=colour, alpha=0.15, linewidth=0)
     else:
+        mean, ends = metrics["accuracy"], metrics["accuracy_interval"]
         axis.errorbar(
             metrics["thinking_tokens"],
-            metrics["accuracy"],
+            mean,
             xerr=metrics["thinking_tokens_half_width"],
-            yerr=metrics["accuracy_half_width"],
+            yerr=None if ends is None else [[mean - ends[0]], [ends[1] - mean]],
             fmt="o",
             capsize=3,
             color=colour,
@@ -88,15 +132,21 @@ def curve(axis: Any, metrics: Mapping[str, Any], label: str, colour: str) -> Non
 
 
 def show(report: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the table of a run, if anything was evaluated."""
+    """Print the table of a run, if anything was evaluated, and what after differs in from before."""
     found = {phase: report[phase] for phase in ("before", "after") if report.get(phase)}
     if found:
-        (console or Console()).print(table(f"{report['name']}: ", found))
+        _print(f"{report['name']}: ", found, console or Console())
 
 
 def show_comparison(evaluations: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print the comparison of several models."""
-    (console or Console()).print(table("", evaluations))
+    """Print the comparison of several models, and what each differs in from the first."""
+    _print("", evaluations, console or Console())
+
+
+def _print(title: str, evaluations: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    console.print(table(title, evaluations))
+    for sentence in comparisons(evaluations):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:

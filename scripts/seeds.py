@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rltoken import identity
-from rltoken.evals.metrics import mean_interval, paired_interval
+from rltoken.evals.intervals import mean_interval, paired_interval
 from rltoken.report import curves as draw
 
 METRICS = {"accuracy": ".3f", "anytime_accuracy": ".3f", "final_accuracy": ".3f", "thinking_tokens": ".1f"}
@@ -109,7 +109,7 @@ def over_seeds(summaries):
     return {
         "budgets": summaries[0]["budgets"],
         "budget_accuracy": [estimate.mean for estimate in each],
-        "budget_accuracy_half_width": [estimate.half_width for estimate in each],
+        "budget_accuracy_interval": [(estimate.low, estimate.high) for estimate in each],
     }
 
 

@@ -1,14 +1,24 @@
-"""Metrics of graded completions, as pure functions. Intervals are two-sided and by Student's t."""
+"""The numbers of one evaluation, out of its table of graded completions.
+
+    rltoken.evals.samples      avg@k, pass@k, maj@k, weighted majority: what several samples of a problem are worth
+    rltoken.evals.efficiency   area, normalised regret, tokens to reach an accuracy, E3: accuracy against tokens
+    rltoken.evals.intervals    intervals clustered by problem, and the paired test of two evaluations
+
+docs/metrics.md has each definition as a formula, and how to quote it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy import stats
+
+from rltoken.evals.efficiency import area, e3
+from rltoken.evals.intervals import Estimate, by_problem, clustered, clustered_share, share_interval
+from rltoken.evals.samples import NO_ANSWER, majority_at_k, pass_at_k, sample_counts, weighted_majority
 
 AT_BUDGET = "correct@"
 """What the name of a column begins with that holds correctness at a budget; the budget in tokens follows."""
@@ -17,61 +27,12 @@ OUTCOME = "outcome"
 UNGRADED, MALFORMED = "ungraded", "malformed"
 """Besides the outcomes of `rltoken.rewards.outcomes`: no gold answer to grade by; a right answer after thinking that
 was ended twice or abandoned."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean, half the width of its interval, and the number of independent units behind it (problems or seeds)."""
-
-    mean: float
-    half_width: float
-    n: int
-
-    @property
-    def low(self) -> float:
-        """The lower end of the interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """The upper end of the interval."""
-        return self.mean + self.half_width
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec or '.3f'}} ± {self.half_width:{spec or '.3f'}}"
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of independent values with its t interval: mean ± t(level, n - 1) * s / sqrt(n), s with n - 1.
-
-    One value alone has an infinite interval.
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Estimate(mean, math.inf, n)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    quantile = float(stats.t.ppf((1 + level) / 2, n - 1))
-    return Estimate(mean, quantile * math.sqrt(variance / n), n)
-
-
-def clustered(table: pd.DataFrame, column: str, level: float = 0.95) -> Estimate:
-    """Mean of a column with an interval clustered by problem: the samples of one problem are not independent.
-
-    Args:
-        table: one row per sample, with the problem in `id`; every problem has equally many samples.
-        column: what to average.
-    """
-    return mean_interval(table.groupby("id", sort=False)[column].mean().tolist(), level)
-
-
-def paired_interval(after: Sequence[float], before: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean difference of paired values (the same seeds or problems) with its t interval.
-
-    Raises:
-        ValueError: the two have different lengths.
-    """
-    return mean_interval([a - b for a, b in zip(after, before, strict=True)], level)
+ANSWER_CLASS, ANSWER = "answer_class", "answer"
+"""Columns of which a majority needs one: the number of the answer's class within its problem, as
+`rltoken.rewards.math.classes` gives it, -1 or missing where there is none; or else the answer's text, missing or empty
+where there is none, of which two are one class if they are written alike."""
+WEIGHT = "weight"
+"""The column of a weighted majority: what the sample's vote weighs, at least 0."""
 
 
 def budgets_of(table: pd.DataFrame) -> list[int]:
@@ -83,51 +44,124 @@ def under_budgets(table: pd.DataFrame) -> dict[str, Any]:
     """Accuracy of the answers forced at each budget, with intervals clustered by problem.
 
     Returns:
-        budgets (tokens), budget_accuracy and its half widths, one per budget; anytime_accuracy, the mean over the
-        budgets, and final_accuracy, that of the last one (BRPO, arXiv 2505.13438, section 4), with their half widths.
+        budgets (tokens), budget_accuracy, its intervals and their half widths, one per budget; anytime_accuracy, the
+        mean over the budgets, and final_accuracy, that of the last one (BRPO, arXiv 2505.13438, section 4);
+        anytime_area, up to the last budget, and normalised_regret, what it lacks to 1 (`rltoken.evals.efficiency`).
         Nothing where no answer was forced.
     """
     budgets = budgets_of(table)
     if not budgets:
         return {}
     columns = [f"{AT_BUDGET}{budget}" for budget in budgets]
-    each = [clustered(table, column) for column in columns]
-    anytime = clustered(table.assign(anytime=table[columns].mean(axis=1)), "anytime")
+    each = [clustered_share(table, column) for column in columns]
+    means = table[columns].mean(axis=1)
+    areas = [area(budgets, row, budgets[-1]) for row in table[columns].to_numpy()]
+    made = pd.DataFrame({"id": table["id"], "mean": means, "area": areas})
+    under = clustered_share(made, "area")
     return {
         "budgets": budgets,
         "budget_accuracy": [estimate.mean for estimate in each],
-        "budget_accuracy_half_width": [_finite(estimate.half_width) for estimate in each],
-        "anytime_accuracy": anytime.mean,
-        "anytime_accuracy_half_width": _finite(anytime.half_width),
-        "final_accuracy": each[-1].mean,
-        "final_accuracy_half_width": _finite(each[-1].half_width),
+        "budget_accuracy_half_width": [_half_width(estimate) for estimate in each],
+        "budget_accuracy_interval": [_interval(estimate) for estimate in each],
+        **_told("anytime_accuracy", clustered_share(made, "mean")),
+        **_told("final_accuracy", each[-1]),
+        **_told("anytime_area", under),
+        "normalised_regret": 1 - under.mean,
     }
+
+
+def over_samples(table: pd.DataFrame) -> dict[str, Any]:
+    """What several samples of a problem are worth, with intervals clustered by problem.
+
+    Args:
+        table: one row per sample: id, correct (above 0.5 is right); if there, `ANSWER_CLASS` or `ANSWER`, and `WEIGHT`.
+
+    Returns:
+        k, the numbers of samples that are looked at; pass_at_k and its intervals, one per k; where there are answers
+        also majority_at_k; with weights weighted_majority, of all samples. Nothing where some problem has one sample.
+    """
+    right = table["correct"] > 0.5
+    groups = table.groupby("id", sort=False).indices.values()
+    counts = sample_counts(min(map(len, groups)))
+    if not counts:
+        return {}
+    samples, found = [len(group) for group in groups], [int(right.iloc[group].sum()) for group in groups]
+    numbers = {"k": counts, **_each("pass_at_k", [share_interval(pass_at_k(found, samples, k)) for k in counts])}
+    classes = answer_classes(table)
+    if classes is None:
+        return numbers
+
+    def voted(majority: Callable[..., float], *columns: np.ndarray, **settings: Any) -> Estimate:
+        return share_interval([majority(*(column[group] for column in columns), **settings) for group in groups])
+
+    votes = (classes, right.to_numpy(dtype=float))
+    numbers |= _each("majority_at_k", [voted(majority_at_k, *votes, k=k) for k in counts])
+    if WEIGHT in table:
+        numbers |= _told("weighted_majority", voted(weighted_majority, *votes, table[WEIGHT].to_numpy()))
+    return numbers
+
+
+def answer_classes(table: pd.DataFrame) -> np.ndarray | None:
+    """[rows] number of each answer's class, `NO_ANSWER` where there is none; None if the table tells no answers."""
+    if ANSWER_CLASS in table:
+        classes = table[ANSWER_CLASS].fillna(NO_ANSWER)
+        return classes.where(classes >= 0, NO_ANSWER).to_numpy(dtype=int)
+    if ANSWER in table:
+        answers = table[ANSWER]
+        return pd.factorize(answers.mask(answers == ""))[0]
+    return None
+
+
+def tokens(table: pd.DataFrame) -> dict[str, Any]:
+    """Lengths in tokens: mean, median and 95th percentile of all completions, and of correct and of wrong ones.
+
+    Returns:
+        PART_tokens, PART_tokens_median and PART_tokens_p95 for each part: thinking; answer, which is what follows the
+        thinking, with the token that ends it; completion, which is both. Likewise PART_tokens_correct and
+        PART_tokens_wrong, None where there are none. The mean thinking has an interval over problems.
+    """
+    parts = {
+        "thinking": table["thinking_tokens"],
+        "answer": table["completion_tokens"] - table["thinking_tokens"],
+        "completion": table["completion_tokens"],
+    }
+    right = table["correct"] > 0.5
+    kinds = {"": right | True, "_correct": right, "_wrong": ~right}
+    numbers: dict[str, Any] = {}
+    for part, lengths in parts.items():
+        for kind, rows in kinds.items():
+            name, of_kind = f"{part}_tokens{kind}", lengths[rows]
+            numbers[name] = _finite(of_kind.mean())
+            numbers[f"{name}_median"] = _finite(of_kind.median())
+            numbers[f"{name}_p95"] = _finite(of_kind.quantile(0.95))
+    thinking = clustered(table, "thinking_tokens")
+    return numbers | {"thinking_tokens": thinking.mean, "thinking_tokens_half_width": _half_width(thinking)}
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:
     """The numbers of one evaluation that the report prints.
 
     Returns:
-        accuracy with its interval clustered by problem; thinking tokens (mean with interval, median, 95th percentile);
-        completion tokens (mean); the share of completions that were cut; the numbers of problems and samples; how many
-        completions and forced answers met each outcome of the grader; and what `under_budgets` gives. One problem alone
-        has no interval: None.
+        accuracy with its interval clustered by problem; what `over_samples`, `under_budgets` and `tokens` give; e3 in
+        percent, of completion tokens; the share of completions that were cut; the numbers of problems and samples; how
+        many completions and forced answers met each outcome of the grader; and each problem's accuracy and thinking
+        tokens, by which two evaluations are compared. One problem alone has no interval: None.
     """
-    accuracy, thinking = clustered(table, "correct"), clustered(table, "thinking_tokens")
+    accuracy, lengths = clustered_share(table, "correct"), tokens(table)
+    names = [str(name) for name in table["id"].drop_duplicates()]
     return {
         **under_budgets(table),
-        "accuracy": accuracy.mean,
-        "accuracy_half_width": _finite(accuracy.half_width),
-        "thinking_tokens": thinking.mean,
-        "thinking_tokens_half_width": _finite(thinking.half_width),
-        "thinking_tokens_median": float(table["thinking_tokens"].median()),
-        "thinking_tokens_p95": float(table["thinking_tokens"].quantile(0.95)),
-        "completion_tokens": float(table["completion_tokens"].mean()),
+        **_told("accuracy", accuracy),
+        **over_samples(table),
+        **lengths,
+        "e3": e3(accuracy.mean, lengths["completion_tokens"]) if lengths["completion_tokens"] else None,
         "truncated": float(table["truncated"].mean()),
         "problems": int(table["id"].nunique()),
         "samples": len(table),
         "outcomes": counted(table, [OUTCOME]),
         "forced_outcomes": counted(table, [f"{OUTCOME}@{budget}" for budget in budgets_of(table)]),
+        "problem_accuracy": dict(zip(names, by_problem(table, "correct"), strict=True)),
+        "problem_thinking_tokens": dict(zip(names, by_problem(table, "thinking_tokens"), strict=True)),
     }
 
 
@@ -136,5 +170,26 @@ def counted(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, int]:
     return {name: int(count) for name, count in table[columns].stack().value_counts().items()}
 
 
+def _told(name: str, estimate: Estimate) -> dict[str, Any]:
+    """A number, the half width of its interval, and the interval, which are None of one problem alone."""
+    return {
+        name: estimate.mean,
+        f"{name}_half_width": _half_width(estimate),
+        f"{name}_interval": _interval(estimate),
+    }
+
+
+def _each(name: str, estimates: Sequence[Estimate]) -> dict[str, Any]:
+    return {name: [one.mean for one in estimates], f"{name}_interval": [_interval(one) for one in estimates]}
+
+
+def _half_width(estimate: Estimate) -> float | None:
+    return estimate.half_width if estimate.n > 1 else None
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    return [estimate.low, estimate.high] if estimate.n > 1 else None
+
+
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None

@@ -24,7 +24,8 @@ from rltoken.callbacks import MetricsFile, ProgressLine
 from rltoken.config import trainer_schema
 from rltoken.evals.generate import Settings, evaluate
 from rltoken.evals.generators import TransformersGenerator
-from rltoken.evals.metrics import clustered, mean_interval, paired_interval, summary
+from rltoken.evals.intervals import clustered, mean_interval, paired_interval
+from rltoken.evals.metrics import summary
 from rltoken.rollout.forced import encode_template
 from rltoken.tiny import World, problems, warm_start
 from rltoken.tiny.reward import accuracy

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
 METHODS = ROOT / "docs/methods/README.md"
 REWARDS = ROOT / "docs/rewards.md"
+METRICS = ROOT / "docs/metrics.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS]
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, METRICS]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 
