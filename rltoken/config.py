@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 TOP_LEVEL = (
-    "name", "seed", "resume", "on_change", "runs_dir", "world", "model", "data", "reward", "rollout", "trainer", "eval",
-    "method",
+    "name", "seed", "resume", "on_change", "runs_dir", "world", "model", "teacher", "data", "reward", "rollout",
+    "trainer", "eval", "method",
 )  # fmt: skip
 ADDED_GROUPS = (
     "exp", "prompt", "control", "rows", "shape", "credit", "mark", "bounds", "weight", "ratio", "aux", "lora",
@@ -56,6 +56,7 @@ READ = {
         "adapter", "quantization",
     ),
     "model.forced": ("ellipsis", "header", "stops"),
+    "teacher": ("kind", "source", "url", "dtype", "attn_implementation", "trust_remote_code"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
     "reward": ("funcs", "weights", "on_error", "classes"),
 }  # fmt: skip

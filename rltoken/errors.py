@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class SamplerLost(UserError):
-    """The server that completions come from is gone or stands still; a training run saves its last step and leaves."""
+    """A server that a run needs is gone or stands still; the run saves its last step and leaves."""
 
 
 def first_line(error: BaseException) -> str:

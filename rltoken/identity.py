@@ -30,7 +30,7 @@ ORDERED = ("method", "reward.funcs")
 SENTENCES = {
     "data": "the training data are others than then",
     "eval_data": "the evaluation data are others than then",
-    "frozen": "the weights that are not trained (an adapter's base, the reference) are others than then",
+    "frozen": "the weights that are not trained (an adapter's base, the reference, the teacher) are others than then",
 }
 """What is compared by a digest -> what is said where it differs."""
 SHOWN = 5

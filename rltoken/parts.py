@@ -10,15 +10,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rltoken import adapters, models, signals
+from rltoken import adapters, models, signals, teachers
 from rltoken.data import check_prompt_lengths
 from rltoken.errors import UserError
+from rltoken.evals.generators import ends_of
 from rltoken.rewards.guard import guarded
 from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from rltoken.pipeline import Pipeline
 
 
 def source(section: DictConfig) -> str:
@@ -72,6 +75,39 @@ def model(section: DictConfig, path: str, *, trainable: bool = False) -> PreTrai
         quantization=adapters.quantization(section.get("quantization")),
     )
     return adapters.attached(loaded, path, base, trainable=trainable) if adapter else loaded
+
+
+def teacher(cfg: DictConfig, pipeline: Pipeline, tokenizer: PreTrainedTokenizerBase) -> teachers.Teacher | None:
+    """The teacher of the section `teacher`; None where there is none, or no stage names its signal.
+
+    Args:
+        cfg: the whole configuration.
+        pipeline: the method.
+        tokenizer: the student's.
+
+    Raises:
+        UserError: it cannot be had, or has another tokenizer.
+    """
+    section = cfg.teacher
+    if not pipeline.needs(teachers.SIGNAL) or section.kind == "none":
+        return None
+    if section.kind == "base":
+        return teachers.Teacher(None)
+    if section.kind == "server":
+        server = teachers.Server(section.url, patience=cfg.rollout.patience)
+        teachers.refuse_other_server(tokenizer, server)
+        return teachers.Teacher(server)
+    path, trusted = instantiate(section.source), section.trust_remote_code
+    own = teachers.load_tokenizer(path, trust_remote_code=trusted)
+    teachers.refuse_other_vocabulary(tokenizer, own, path, "teacher.path" if "path" in section else "teacher.source")
+    with teachers.told_of_the_teacher():
+        loaded = models.load_model(
+            path,
+            dtype=section.dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=trusted,
+        )
+    return teachers.Teacher(loaded, ends_of(loaded.generation_config, own))
 
 
 def base_of(section: DictConfig, adapter: str) -> str:

@@ -182,6 +182,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     Raises:
         UserError: a combination that makes no sense.
     """
+    from rltoken import teachers
     from rltoken.pipeline import build
 
     OmegaConf.resolve(cfg)
@@ -189,6 +190,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
     pipeline.check(args)
+    teachers.check(cfg, pipeline, args)
     return pipeline, args, adapters.lora(cfg.model.lora)
 
 
@@ -208,6 +210,7 @@ def assemble(
         path = parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
+    teacher = parts.teacher(cfg, pipeline, tokenizer)
     if runs.is_main_process():
         warn_shared(train, evaluation)
     funcs, weights, classes = parts.rewards(cfg.reward)
@@ -234,6 +237,7 @@ def assemble(
         normaliser=cfg.rollout.normaliser,
         max_logp_difference=cfg.rollout.max_logp_difference,
         patience=cfg.rollout.patience,
+        teacher=teacher,
         classes=classes,
         on_change=cfg.on_change,
         record=runs.record(folder, cfg),

@@ -26,6 +26,7 @@ from rltoken.rollout import agreement, packs
 from rltoken.rollout.logits import Change
 from rltoken.rollout.sampler import NO_CLASSES, PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
+from rltoken.teachers import SIGNAL, Teacher, refuse_missing
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
 
@@ -52,6 +53,7 @@ class TokenGRPOTrainer(SeamTrainer):
         max_logp_difference: what vLLM's log-probabilities may differ by from the trainer's, in the mean of a window's
             tokens; 'auto' goes by the dtype, None lets everything pass.
         patience: seconds without any progress of a vLLM server after which `SamplerLost` is raised.
+        teacher: what gives the signal `teacher_logps`; needed by stages that name it.
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
@@ -72,6 +74,7 @@ class TokenGRPOTrainer(SeamTrainer):
         normaliser: str = "thinking",
         max_logp_difference: float | str | None = "auto",
         patience: float = SeamTrainer.patience,
+        teacher: Teacher | None = None,
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
         record: Mapping[str, Any] | None = None,
@@ -79,7 +82,7 @@ class TokenGRPOTrainer(SeamTrainer):
     ) -> None:
         self.pipeline = pipeline if pipeline is not None else build({})
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
-        self.patience, self.appended_id = patience, appended_id
+        self.patience, self.appended_id, self.teacher = patience, appended_id, teacher
         self.classes, self.on_change, self.record = classes, on_change, record or {}
         self._rng: torch.Generator | None = None
         self._windows = 0
@@ -440,6 +443,7 @@ class TokenGRPOTrainer(SeamTrainer):
                 "old_appended": lambda: old["pass"].appended,
                 "ref_logps": lambda: reference["pass"][0],
                 "ref_entropy": lambda: reference["pass"][1],
+                SIGNAL: lambda: self.teacher_pass(window),
                 "head": lambda: self.head,
                 # what the token stages replace
                 "eps_low": lambda: torch.full(window["completion_ids"].shape, float(self.epsilon_low), device=device),
@@ -651,6 +655,8 @@ class TokenGRPOTrainer(SeamTrainer):
                 f"trainer.beta: a stage names '{self._reference_signal}', and the reference of a model made in memory "
                 "is known with beta > 0 only; set trainer.beta=1e-6, or load the model from a folder."
             )
+        if self.teacher is None:
+            refuse_missing(self.pipeline)
         if self.pipeline.needs("head") and not self.has_plain_head:
             raise UserError(
                 "model.path: a stage names 'head', but this model caps or scales its logits, or FSDP or ZeRO-3 splits "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,11 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
+from rltoken.errors import UserError
 from rltoken.rollout import logits
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
+from rltoken.teachers import Server, Teacher
 from rltoken.trl_vllm import VLLMTrainer
 from rltoken.types import Head
 
@@ -88,6 +91,8 @@ class SeamTrainer(VLLMTrainer):
 
     appended_id: int | None = None
     """The token whose log-probability after the last one a forward gives on demand."""
+    teacher: Teacher | None = None
+    """What `teacher_pass` asks; to be set before this constructor is called."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._replay: Replay | None = None
@@ -100,6 +105,8 @@ class SeamTrainer(VLLMTrainer):
         if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
             keep_reference(model)
         super().__init__(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher = dataclasses.replace(self.teacher, model=self._made_ready(self.teacher.model))
 
     # What a subclass overrides
 
@@ -370,6 +377,48 @@ class SeamTrainer(VLLMTrainer):
                 self._reference = self._reference_model(unwrapped, with_entropy)
             return self._plain_pass(self._reference, window, with_entropy)
 
+    def teacher_pass(self, window: dict[str, Any]) -> Tensor:
+        """[B, T] log-probs under the frozen teacher at the trainer's temperature.
+
+        NaN on tokens that end a sequence for the student but not for the teacher, which expects another one there.
+
+        Raises:
+            SamplerLost: the teacher's server is gone or stands still, as seen by any rank.
+            UserError: it refuses a request of any rank.
+        """
+        source, ends = self.teacher.model, self.teacher.ends
+        if isinstance(source, Server):
+            logps = self._asked(source, window)
+        elif source is not None:
+            with torch.no_grad():
+                logps, _ = self._plain_pass(source, window, with_entropy=False)
+        else:
+            with (
+                torch.no_grad(),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+                use_adapter(self.accelerator.unwrap_model(self.model), None),
+            ):
+                logps, _ = self._plain_pass(self.model, window, with_entropy=False)
+        foreign = [token for token in self.eos_token_ids if ends is not None and token not in ends]
+        ids = window["completion_ids"]
+        return logps.masked_fill(torch.isin(ids, torch.tensor(foreign, dtype=ids.dtype, device=ids.device)), torch.nan)
+
+    def _asked(self, server: Server, window: dict[str, Any]) -> Tensor:
+        """[B, T] what the server says of this rank's rows, 0 on padding."""
+        shown = window["completion_mask"].bool()
+        prompts, completions = (
+            [row[kept.bool()].tolist() for row, kept in zip(window[f"{part}_ids"], window[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")
+        )
+        problem, found = None, []
+        try:
+            found = server.logps(prompts, completions)
+        except UserError as error:
+            problem = error
+        self.raise_together(problem)
+        values = torch.tensor([value for row in found for value in row], device=shown.device)
+        return torch.zeros(shown.shape, device=shown.device).masked_scatter(shown, values)
+
     def forget_old_pass(self) -> None:
         """Drop what was recorded and never asked for."""
         self._recorded = None
@@ -381,6 +430,11 @@ class SeamTrainer(VLLMTrainer):
             return True
         model = self.accelerator.unwrap_model(self.model)
         return isinstance(model, PeftModel) or bool(model.config._name_or_path)
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """The teacher, where it is a model of its own."""
+        return [self.teacher.model] if self.teacher and isinstance(self.teacher.model, nn.Module) else []
 
     @property
     def head(self) -> Head:
@@ -532,6 +586,15 @@ class SeamTrainer(VLLMTrainer):
             batch_size=self.args.per_device_train_batch_size,
         )
         return logps, entropy
+
+    def _made_ready(self, source: nn.Module | Server | None) -> nn.Module | Server | None:
+        """What a teacher is, a model on the device, frozen, with a head at the trainer's temperature."""
+        if isinstance(source, Server):
+            self.notes_steps = True
+        if not isinstance(source, nn.Module):
+            return source
+        add_fused_lm_head(source, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        return self.accelerator.prepare_model(source.eval().requires_grad_(False), evaluation_mode=True)
 
     def _reference_model(self, model: nn.Module, with_entropy: bool) -> nn.Module:
         """TRL's reference, whose own head gives no entropies, or one of ours where it has none."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -75,6 +75,11 @@ class SavingTrainer(GRPOTrainer):
         self._rewound: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_Calls(self._restore_sums, self._note_step))
+
+    @property
+    def frozen_models(self) -> list[nn.Module]:
+        """Models besides TRL's reference that the numbers of a run depend on and that are never trained."""
+        return []
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
@@ -302,12 +307,13 @@ class SavingTrainer(GRPOTrainer):
         return digests | {"frozen": self._frozen_digest()}
 
     def _frozen_digest(self) -> str | None:
-        """What identifies an adapter's base and a reference that does not follow; None where they lie in shards."""
+        """What identifies an adapter's base, a teacher, a reference that does not follow; None in shards."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return None
         frozen = [value for value in self.model.parameters() if not value.requires_grad]
         if self.ref_model is not None and not self.args.sync_ref_model:
             frozen += self.accelerator.unwrap_model(self.ref_model).parameters()
+        frozen += [value for model in self.frozen_models for value in model.parameters()]
         digest = hashlib.sha256()
         for value in frozen:
             some = value.detach().flatten()[:: max(1, value.numel() // FROZEN_SAMPLE)]

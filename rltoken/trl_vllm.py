@@ -274,14 +274,18 @@ class VLLMTrainer(SavingTrainer):
             """The call, then a look at every rank's problems."""
             result = call(*args, **kwargs)
             client = getattr(self.vllm_generation, "vllm_client", None)
-            problem = (client and client.failure) or self._problem  # what is served of a lost hand-over is no news
-            if self.accelerator.num_processes > 1:
-                problem = next((found for found in gather_object([problem]) if found), None)
-            if problem:
-                raise problem
+            # what is served of a lost hand-over is no news
+            self.raise_together((client and client.failure) or self._problem)
             return result
 
         return called
+
+    def raise_together(self, problem: UserError | None) -> None:
+        """Raise a problem of one rank on all of them, or nothing; every rank must call it."""
+        if self.accelerator.num_processes > 1:
+            problem = next((found for found in gather_object([problem]) if found), None)
+        if problem:
+            raise problem
 
 
 def _fingerprint_of(worker: Any) -> fingerprint.Fingerprint | None:

@@ -47,6 +47,7 @@ SCORED = {
     "ref_logps": "[B, T] float: log-probabilities under the frozen reference model",
     "head": "Head: makes logits of hidden states, with the weights as they are now",
     "ref_entropy": "[B, T] float: its entropy in nats",
+    "teacher_logps": "[B, T] float: log-probabilities under the frozen teacher; NaN where it ends a sequence otherwise",
 }
 """Signals of a scored window: whole groups, before TRL shuffles the rows."""
 

@@ -122,8 +122,10 @@ def make(cls, cfg, folder, output_dir, callback):
     funcs, weights, classes = parts.rewards(cfg.reward)
     args = to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed)
     args.reward_weights = weights or args.reward_weights
+    pipeline = build(instantiate(cfg.method, _convert_="object"))
     options = {} if cls is GRPOTrainer else {
-        "pipeline": build(instantiate(cfg.method, _convert_="object")),
+        "pipeline": pipeline,
+        "teacher": parts.teacher(cfg, pipeline, tokenizer),
         "template": parts.template(cfg.model, tokenizer),
         "pack_tokens": cfg.rollout.pack_tokens,
         "batch_rows": cfg.rollout.batch_rows,

@@ -59,13 +59,16 @@ class Watch:
         )
 
 
-def complete(url: str, payloads: Sequence[Mapping[str, Any]], *, patience: float) -> tuple[list[dict[str, Any]], bool]:
+def complete(
+    url: str, payloads: Sequence[Mapping[str, Any]], *, patience: float, key: str = "trainer.vllm_server_base_url"
+) -> tuple[list[dict[str, Any]], bool]:
     """One completion for each payload of `POST URL/v1/completions`.
 
     Args:
         url: of the server, without `/v1`.
         payloads: requests of one prompt and one sample each, with a seed where sampling is random.
         patience: seconds without any progress after which to give up.
+        key: where the URL comes from, for the message.
 
     Returns:
         The first choice of each answer, and whether any request had to be repeated.
@@ -74,10 +77,12 @@ def complete(url: str, payloads: Sequence[Mapping[str, Any]], *, patience: float
         SamplerLost: the server cannot be reached or made no progress for so long.
         UserError: the server refuses a request.
     """
-    return asyncio.run(_complete(url, payloads, patience))
+    return asyncio.run(_complete(url, payloads, patience, key))
 
 
-async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: float) -> tuple[list[Any], bool]:
+async def _complete(
+    url: str, payloads: Sequence[Mapping[str, Any]], patience: float, key: str
+) -> tuple[list[Any], bool]:
     watch = Watch(len(payloads))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     connector = aiohttp.TCPConnector(limit=CONNECTIONS)
@@ -85,12 +90,12 @@ async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: f
         aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session,
         aiohttp.ClientSession(timeout=timeout, trust_env=True) as beside,  # or it would wait behind the completions
     ):
-        requests = asyncio.gather(*(_one(session, url, payload, watch) for payload in payloads))
+        requests = asyncio.gather(*(_one(session, url, payload, watch, key) for payload in payloads))
         guard = asyncio.create_task(_guard(beside, url, watch, patience))
         try:
             await asyncio.wait([requests, guard], return_when=asyncio.FIRST_COMPLETED)
             if not requests.done():
-                raise SamplerLost(f"trainer.vllm_server_base_url: {watch.told(url, patience)}.")
+                raise SamplerLost(f"{key}: {watch.told(url, patience)}.")
             return await requests, bool(watch.failed)
         finally:
             guard.cancel()
@@ -98,7 +103,9 @@ async def _complete(url: str, payloads: Sequence[Mapping[str, Any]], patience: f
             await asyncio.gather(requests, guard, return_exceptions=True)
 
 
-async def _one(session: aiohttp.ClientSession, url: str, payload: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+async def _one(
+    session: aiohttp.ClientSession, url: str, payload: Mapping[str, Any], watch: Watch, key: str
+) -> dict[str, Any]:
     """One completion, asked for again and again; whoever guards the call ends it."""
     pause = 1.0
     while True:
@@ -114,7 +121,7 @@ async def _one(session: aiohttp.ClientSession, url: str, payload: Mapping[str, A
         pause = min(2 * pause, LONGEST_PAUSE)
     if response.status != 200:
         told = body[:300].decode(errors="replace")
-        raise UserError(f"trainer.vllm_server_base_url: {url} refuses a request: {told}")
+        raise UserError(f"{key}: {url} refuses a request: {told}")
     watch.done += 1
     watch.progressed()
     return json.loads(body)["choices"][0]

@@ -134,6 +134,11 @@ REFUSED = {
     "wrong type": (lambda d: ["trainer.beta=high"], r"trainer\.beta: Value 'high' .*give a value of that type"),
     "no override": (lambda d: ["trainer.beta"], r"trainer\.beta: .*write key=value"),
     "missing value": (lambda d: ["model=hf"], r"model\.path: .*set model\.path="),
+    "missing path of the teacher": (
+        lambda d: ["+exp=kdrl", "teacher=hf"], r"teacher\.path: it has no value yet; set teacher\.path=",
+    ),
+    "method without a teacher": (lambda d: ["+aux=kdrl"], r"teacher: method\.aux\.kdrl needs one; choose teacher=hf "),
+    "teacher left out": (lambda d: ["~teacher"], r"teacher: it cannot be left out; remove '~teacher'"),
     "unknown model path": (lambda d: hf(d / "nowhere"), r"model\.path: there is no folder .*Set model\.path"),
     "no answer column": (
         lambda d: jsonl(write(d / "p.jsonl", [{"problem": "1 + 1?", "solutions": "2"}])),

@@ -49,7 +49,7 @@ def check_run(found):
 @pytest.mark.smoke
 @pytest.mark.parametrize("exp", [pytest.param(exp, marks=pytest.mark.slow) if exp in SLOW else exp for exp in EXPS])
 def test_every_exp(cli, exp):
-    check_run(cli(f"+exp={exp}"))
+    check_run(cli(f"+exp={exp}", *(["teacher.source.steps=2"] if exp.startswith("kdrl") else [])))
 
 
 @pytest.mark.smoke

@@ -45,6 +45,19 @@ BRPO = {  # arXiv 2505.13438v3 and sail-sg/AnytimeReasoner, the 1.5B run with 80
     "eval.budgets": [2000, 4000, 6000, 8000],
     "eval.samples": 32,
 }
+KDRL = {  # arXiv 2506.02208, from summaries
+    "model.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "teacher.kind": "model",
+    "teacher.path": "Skywork/Skywork-OR1-Math-7B",
+    "method.aux.kdrl.estimator": "k2",
+    "method.aux.kdrl.beta": 2e-3,
+    "method.aux.kdrl.delta": 0.0,
+    "method.aux.kdrl.masking": "none",
+    "trainer.loss_type": "dapo",
+    "trainer.max_steps": 280,
+    "trainer.beta": 0.0,
+}
+ANNEALING = {"beta": 5e-3, "delta": 5e-5, "beta_min": 1e-3, "estimator": "k2"}
 RECIPES = {  # A, decoupled, budgets, prior, baseline
     "grpo": (1, False, 1, "base", "v2only"),
     "grpo_linear": (1, False, 4, "linear", "v2only"),
@@ -68,6 +81,23 @@ def composed(*overrides):
 def test_paper_brpo(key):
     value = OmegaConf.select(composed("+exp=paper/brpo"), key)
     assert (OmegaConf.to_container(value) if OmegaConf.is_config(value) else value) == BRPO[key]
+
+
+@pytest.mark.parametrize("key", KDRL)
+def test_paper_kdrl(key):
+    assert OmegaConf.select(composed("+exp=paper/kdrl"), key) == KDRL[key]
+
+
+@pytest.mark.parametrize("key", ANNEALING)
+def test_paper_kdrl_annealing(key):
+    assert composed("+exp=kdrl/annealing").method.aux.kdrl[key] == ANNEALING[key]
+
+
+def test_paper_kdrl_passes_the_checks(tmp_path):
+    cfg = copy.deepcopy(composed("+exp=paper/kdrl", "hardware=cpu"))
+    check_keys(cfg)
+    pipeline, args, _ = checked(cfg, tmp_path)
+    assert pipeline.needs("teacher_logps") and args.num_iterations == 1
 
 
 def test_paper_brpo_samples_64_problems_and_updates_twice(tmp_path):

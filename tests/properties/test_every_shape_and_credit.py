@@ -44,7 +44,7 @@ BESIDE = {
 LABEL_FREE = ("shape/ttrl", "shape/ttrl_extra")
 """Shapes that reward what the group agrees on, right or wrong."""
 CASES = ("random", "all correct", "all wrong", "one success", "equal lengths")
-PADDED = ("mask", "advantages", "old_entropy")
+PADDED = ("mask", "advantages", "old_entropy", "old_logps", "teacher_logps")
 
 
 @functools.cache
@@ -110,9 +110,11 @@ def window(seed, case, groups=3, size=4, tokens=100):
         "mask": (torch.arange(tokens) < lengths[:, None]).long(),
         "advantages": torch.randn(rows, 1, generator=generator).expand(rows, tokens).clone(),
         "old_entropy": torch.rand(rows, tokens, generator=generator),
+        "old_logps": -torch.rand(rows, tokens, generator=generator),
+        "teacher_logps": -torch.rand(rows, tokens, generator=generator),
+        "progress": Progress(3, 10),
         "extra_answers": torch.randint(-1, 4, (groups, 3), generator=generator)[group],
         "old_appended": -23 + 5 * torch.randn(rows, generator=generator),
-        "progress": Progress(3, 9),
         "budgets": torch.tensor([[25, 50, 100]]).expand(rows, 3),
         "budget_scores": torch.rand(rows, 3, generator=generator),
     }

@@ -17,7 +17,7 @@ def test_what_has_changed_is_named():
         "it was written by 1 processes and there are 2",
         "the training data are others than then",
         "the evaluation data are others than then",
-        "the weights that are not trained (an adapter's base, the reference) are others than then",
+        "the weights that are not trained (an adapter's base, the reference, the teacher) are others than then",
         "x.py is not as it was",
         "y.py is not as it was",
     ]

@@ -17,7 +17,7 @@ from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import World
 from rltoken.trainer import TokenGRPOTrainer
 
-OPTIONS = ("pack_tokens", "normaliser", "on_change", "classes", "appended_id")
+OPTIONS = ("pack_tokens", "normaliser", "on_change", "classes", "appended_id", "teacher")
 """What `run` hands to TokenGRPOTrainer itself."""
 WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 

@@ -52,6 +52,7 @@ def distance(one, two):
         ("brpo", "dr_grpo", 60),
         ("hapo", "dapo", 0),
         ("spine", "dapo", 0),
+        ("kdrl", "dapo", 0),
         pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),
     ],
 )

@@ -22,6 +22,7 @@ from rltoken.methods.l1 import l1_exact
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.length_schedule import length_schedule
 from rltoken.types import LIVE, SAMPLED, SCORED
+from tests.trl.teachers import a_teacher
 
 
 def sometimes(completion_ids, **_):
@@ -40,16 +41,16 @@ def spy(seen, names, result):
     return namespace["stage"]
 
 
-def test_every_window_signal_can_be_had_and_has_its_shape(run):
+def test_every_window_signal_can_be_had_and_has_its_shape(run, tiny):
     seen, names = [], [*SAMPLED, *SCORED]
     names.remove("answers")
     stages = {"rows": {"force": forced_answer}, "credits": {"spy": spy(seen, names, "advantages")}}
-    run(stages, reward=sometimes, appended_id=2)
+    run(stages, reward=sometimes, appended_id=2, teacher=a_teacher(tiny[0]))
     assert len(seen) == 4
     signals = seen[0]
     rows, tokens = signals["mask"].shape
     assert rows == 8, "a stage sees thinking rows only, unless its `kinds` says otherwise"
-    for name in ("ids", "advantages", "old_logps", "old_entropy", "ref_logps"):
+    for name in ("ids", "advantages", "old_logps", "old_entropy", "ref_logps", "teacher_logps"):
         assert signals[name].shape == (rows, tokens), name
     assert signals["old_hidden"].shape == (rows, tokens, 64)
     assert signals["old_appended"].shape == (rows,) and (signals["old_appended"] < 0).all()

@@ -21,6 +21,7 @@ from rltoken.methods.forced_answer import forced_answer, group_centred
 from rltoken.methods.forking_tokens import forks
 from rltoken.methods.gspo_token import gspo_token
 from rltoken.methods.hapo_entropy import AdaptiveTemperature, Redistribution, adaptive_clip, token_average
+from rltoken.methods.kdrl import Distillation, distilled_advantage
 from rltoken.methods.last_token import class_balance, mix_self_reward, self_reward_loss
 from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.spine import entropy_band, masked_kl, mixed_groups, random_tokens, reference_band, spine_forks
@@ -30,6 +31,7 @@ from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.trl_compat import gather_list
 from rltoken.types import Template
+from tests.trl.teachers import a_teacher
 
 
 def whole_batch_rank(rewards):
@@ -105,6 +107,10 @@ METHODS = {
             "live": functools.partial(entropy_band, coef=0.5),
             "frozen": functools.partial(reference_band, coef=0.5),
         },
+    },
+    "kdrl": {
+        "aux": {"kdrl": Distillation(beta=0.5, masking="response", normaliser="kept")},
+        "credits": {"kdrl": functools.partial(distilled_advantage, beta=0.5, masking="group")},
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
@@ -186,6 +192,7 @@ def main(model, data, out, rows, method, loss_type, pack_tokens):
         pack_tokens=int(pack_tokens) or None,
         classes=classes,
         appended_id=APPENDED,
+        teacher=a_teacher(model),
     )
     trainer.train()
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()

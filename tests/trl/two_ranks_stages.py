@@ -14,6 +14,7 @@ from rltoken.cli import leave_process_group
 from rltoken.config import register_schemas
 from rltoken.pipeline import build
 from rltoken.types import Template
+from tests.trl.teachers import a_teacher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SETTINGS = {
@@ -84,6 +85,7 @@ def main(model, data, out, rows):
             template=Template(think_end_id=7, cut=(7,)),
             classes=classes,
             appended_id=APPENDED,
+            teacher=a_teacher(model),
         )
         trainer.train()
         found[name] = seen

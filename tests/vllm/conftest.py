@@ -13,10 +13,10 @@ from rltoken.pipeline import build
 from rltoken.rollout.forced import encode_template
 from rltoken.trainer import TokenGRPOTrainer
 from tests.cli.conftest import cache, cli
-from tests.trl.conftest import arguments, tiny, token_parity
+from tests.trl.conftest import arguments, run, tiny, token_parity
 from tests.vllm.servers import Served
 
-__all__ = ["cache", "cli", "tiny"]
+__all__ = ["cache", "cli", "run", "tiny"]
 
 
 def pytest_collection_modifyitems(items):
