@@ -58,7 +58,7 @@ READ = {
     "model.forced": ("ellipsis", "header", "stops"),
     "teacher": ("kind", "source", "url", "dtype", "attn_implementation", "trust_remote_code"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
-    "reward": ("funcs", "weights", "on_error", "classes"),
+    "reward": ("funcs", "weights", "on_error", "classes", "answer"),
 }  # fmt: skip
 """What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
 
@@ -67,12 +67,16 @@ READ = {
 class EvalSchema:
     """The keys of `eval` with their types."""
 
+    benchmark: Optional[str] = None  # noqa: UP045  (OmegaConf needs the old form)
+    count: Any = None
     before: bool = True
     after: bool = True
     samples: int = 4
     temperature: float = 1.0
+    top_p: float = 1.0
     limit: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
     batch_size: int = 128
+    chunk: int = 512
     max_new_tokens: int = 112
     budgets: Any = None
     max_answer_tokens: int = 128
@@ -265,6 +269,12 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
     for key in top_level:
         if key not in cfg:
             raise UserError(f"{key}: it cannot be left out; remove '~{key}' from the command.")
+    benchmark = OmegaConf.select(cfg, "eval.benchmark")
+    if "method" in top_level and benchmark is not None:
+        raise UserError(
+            f"eval: {benchmark} is a benchmark for rltoken.evaluate; leave it out, and name the run there: python -m "
+            f"rltoken.evaluate eval={benchmark} 'runs=[RUN]'."
+        )
     for section, schema in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
         fields = [field.name for field in dataclasses.fields(schema)]
         if not cfg[section].keys() >= set(fields):  # what a scale sets stays where the group is left out
@@ -278,7 +288,7 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
                 raise UserError(f"{section}.{key}: nothing reads it{nearest(key, fields)}; correct or remove it.")
     for key in sorted(OmegaConf.missing_keys(cfg), key=len):
         raise UserError(f"{key}: it has no value yet; set {key}=...")
-    if missing := [key for key in READ["reward"] if key not in (cfg.reward or {})]:
+    if missing := [key for key in READ["reward"] if key != "answer" and key not in (cfg.reward or {})]:
         raise UserError(
             f"reward.{missing[0]}: it is missing, since what was chosen is only to be added to a reward; choose both, "
             "as in 'reward=[math,overlong]'."
@@ -312,12 +322,17 @@ def check_values(cfg: DictConfig) -> None:
         UserError: names the key and the fix.
     """
     from rltoken.adapters import check_quantization
-    from rltoken.rollout.forced import in_tokens
 
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
-    least |= {"eval.max_answer_tokens": 1, "reward.workers": 0, "reward.seconds": 0.1, "rollout.patience": 1}
+    least |= {
+        "eval.chunk": 1,
+        "eval.max_answer_tokens": 1,
+        "reward.workers": 0,
+        "reward.seconds": 0.1,
+        "rollout.patience": 1,
+    }
     may_be_auto = {"rollout.pack_tokens": 1, "rollout.max_logp_difference": 0}
     for key in may_be_auto:
         value = OmegaConf.select(cfg, key)
@@ -335,15 +350,7 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value not in choices:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
-    try:
-        points = in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens) if cfg.eval.budgets else [1]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"eval.budgets: {first_line(error)}.") from error
-    if points[-1] > cfg.eval.max_new_tokens:
-        raise UserError(
-            f"eval.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
-            f"eval.max_new_tokens={cfg.eval.max_new_tokens}."
-        )
+    _check_eval(cfg)
     _check_forced(cfg.model.forced)
     if "method" in cfg and cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
         raise UserError(
@@ -359,6 +366,23 @@ def check_values(cfg: DictConfig) -> None:
             f"{key}: {len(weights)} weights for {len(cfg.reward.funcs)} reward functions "
             f"({', '.join(cfg.reward.funcs)}); give one for each."
         )
+
+
+def _check_eval(cfg: DictConfig) -> None:
+    """Refuse budgets that are none or too long, and a share of the probability that is none."""
+    from rltoken.rollout.forced import in_tokens
+
+    try:
+        points = in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens) if cfg.eval.budgets else [1]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"eval.budgets: {first_line(error)}.") from error
+    if points[-1] > cfg.eval.max_new_tokens:
+        raise UserError(
+            f"eval.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
+            f"eval.max_new_tokens={cfg.eval.max_new_tokens}."
+        )
+    if not 0 < cfg.eval.top_p <= 1:
+        raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
 
 
 def _check_forced(forced: DictConfig | None) -> None:

@@ -22,9 +22,11 @@ from rltoken.rewards.text import last_box
 logger = logging.getLogger(__name__)
 
 Gold = Literal["auto", "plain", "hash", "boxed"]
+Unreadable = Literal["drop", "keep"]
 Role = Literal["train", "eval"]
 Candidate = tuple[int, object, object, list[str], str]
 """Row, problem and gold answer as they stand in the source, gold answers as they are read, id."""
+UNREADABLE = "unreadable gold answer"
 CHUNK = 1024
 """How many gold answers are tried at once, so that a small `limit` need not wait for all of them."""
 
@@ -52,6 +54,7 @@ class _Kept:
     answers: list[list[str]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    unreadable: int = 0
     examples: dict[str, str] = field(default_factory=dict)
     seen: int = 0
 
@@ -68,11 +71,12 @@ def load(
     limit: int | None = None,
     seed: int = 0,
     max_unparsable: float = 0.05,
+    unreadable: Unreadable = "drop",
     role: Role = "train",
 ) -> Dataset:
     """A set of problems as `prompt`, `answer` and `id`, and whatever other columns the source has.
 
-    A row without a problem, with a gold answer that is empty or that the grader cannot read, or with an id that came
+    A row without a problem, with a gold answer that is empty or (unless kept) unreadable, or with an id that came
     before is dropped; one logged line says how many and why.
 
     Args:
@@ -90,7 +94,8 @@ def load(
         limit: at most this many problems, drawn with `seed`; None takes all in their order.
         seed: what `limit` draws with.
         max_unparsable: share of the problems looked at whose gold answer may be missing or unreadable before the whole
-            set is refused; a single one is always let pass, so that a small `limit` does not hang on it.
+            set is refused; a single one always may.
+        unreadable: `drop` or `keep` a problem whose gold answer the grader cannot read; no answer to it is right.
         role: `train` or `eval`; tells which setting an error names.
 
     Returns:
@@ -101,27 +106,27 @@ def load(
         UserError: no source, an unreadable source, a missing column, a template without `{problem}`, too many
             unreadable gold answers, ids that mostly repeat, or nothing left.
     """
-    _refuse_settings(template, gold, limit, role)
+    _refuse_settings(template, gold, unreadable, limit, role)
     source = _read(path, hub, name, split, role)
     label = path or f"{hub} [{split}]"
     found = {key: _find(source, key, (columns or {}).get(key)) for key in COLUMNS}
     order = list(range(len(source)))
     if limit is not None:
         random.Random(seed).shuffle(order)
-    kept = _check(source, found, order, template, gold, limit, Path(path).stem if path else split)
+    kept = _check(source, found, order, template, gold, limit, Path(path).stem if path else split, unreadable == "keep")
     _refuse_bad(kept, found, label, max_unparsable)
     collisions = sorted(RESERVED & set(source.column_names) - set(found.values()))
     _report(kept, label, len(source), collisions)
-    replaced = {*RESERVED, *COLUMNS, *found.values()}
-    rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
-    made = _columns(kept)
-    return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
+    return _columns(kept, source, {*RESERVED, *COLUMNS, *found.values()})
 
 
-def _columns(kept: _Kept) -> Dataset:
+def _columns(kept: _Kept, source: Dataset, replaced: set[str | None]) -> Dataset:
+    """What was made of the rows that are kept, and the source's other columns."""
     several = any(len(golds) > 1 for golds in kept.answers)
     answers = kept.answers if several else [golds[0] for golds in kept.answers]
-    return Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
+    made = Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
+    rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
+    return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
 
 
 def check_prompt_lengths(
@@ -184,11 +189,13 @@ def _text(prompt: str | list[dict[str, str]]) -> str:
     return " ".join(" ".join(turns).split())
 
 
-def _refuse_settings(template: str, gold: str, limit: int | None, role: Role) -> None:
+def _refuse_settings(template: str, gold: str, unreadable: str, limit: int | None, role: Role) -> None:
     if "{problem}" not in template:
         raise UserError(f"data.template: {template!r} does not contain {{problem}}. Put {{problem}} where it belongs.")
     if gold not in get_args(Gold):
         raise UserError(f"data.gold: there is no {gold!r}. Set data.gold to one of: {', '.join(get_args(Gold))}.")
+    if unreadable not in get_args(Unreadable):
+        raise UserError(f"data.unreadable: there is no {unreadable!r}. Set data.unreadable to drop or keep.")
     if limit is not None and limit < 1:
         key = "data.limit" if role == "train" else "data.eval_limit"
         raise UserError(f"{key}: {limit} problems are none. Set {key} to at least 1, or to null for all.")
@@ -248,8 +255,9 @@ def _check(
     gold: Gold,
     limit: int | None,
     stem: str,
+    keep: bool,
 ) -> _Kept:
-    """Look at rows in `order` until `limit` have passed."""
+    """Look at rows in `order` until `limit` have passed; `keep` lets those pass that have an unreadable gold answer."""
     kept, ids = _Kept(), set()
     for (row, problem, raw, golds, identity), readable in _tried(_rows(source, found, order, stem, gold)):
         kept.seen += 1
@@ -258,11 +266,14 @@ def _check(
             _drop(kept, "empty problem", f"{identity}: {_short(problem)}")
         elif not golds:
             _drop(kept, "empty gold answer", f"{identity}: {_short(raw)}")
-        elif not readable:
-            _drop(kept, "unreadable gold answer", f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
+        elif not readable and not keep:
+            _drop(kept, UNREADABLE, f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
         elif identity in ids:
             _drop(kept, "repeated id", identity)
         else:
+            if not readable:
+                kept.unreadable += 1
+                kept.examples.setdefault(UNREADABLE, f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
             ids.add(identity)
             kept.rows.append(row)
             kept.prompts.append(prompt)
@@ -325,10 +336,10 @@ def _gold(raw: object, gold: Gold) -> str:
 
 
 def _refuse_bad(kept: _Kept, found: Mapping[str, str | None], label: str, max_unparsable: float) -> None:
-    dropped, reasons = kept.dropped, ("unreadable gold answer", "empty gold answer")
-    bad = sum(dropped[reason] for reason in reasons)
+    dropped, reasons = kept.dropped, (UNREADABLE, "empty gold answer")
+    bad = sum(dropped[reason] for reason in reasons) + kept.unreadable
     if bad > max(1, max_unparsable * kept.seen) or (bad and not kept.rows):
-        example = next(kept.examples[reason] for reason in reasons if dropped[reason])
+        example = next(kept.examples[reason] for reason in reasons if reason in kept.examples)
         raise UserError(
             f"data.columns.answer: {bad} of {kept.seen} gold answers in {label}, column {found['answer']!r}, cannot be "
             f"read by the grader, for example {example}. Set data.columns.answer to the column with final "
@@ -352,8 +363,12 @@ def _report(kept: _Kept, label: str, total: int, collisions: Sequence[str]) -> N
     )
     left_out = f"; left out columns {', '.join(collisions)} (names that TRL uses)" if collisions else ""
     told = f"{label}: {len(kept.rows)} problems from {kept.seen} of {total} rows; "
+    if kept.unreadable:
+        told += (
+            f"{kept.unreadable} of them with {UNREADABLE}, so never right (the first is {kept.examples[UNREADABLE]}); "
+        )
     told += f"dropped {kept.dropped.total()}: {reasons}" if reasons else "dropped none"
-    logger.log(logging.WARNING if reasons or collisions else logging.INFO, "%s%s.", told, left_out)
+    logger.log(logging.WARNING if reasons or collisions or kept.unreadable else logging.INFO, "%s%s.", told, left_out)
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,11 @@
 """Evaluate runs or models under thinking budgets: `python -m rltoken.evaluate 'runs=[runs/a,runs/b]'`.
 
 compose -> check -> per model: generate once, cut the thinking at each budget, force an answer, grade -> metrics.json,
-one table of completions per model, one picture with all curves. Runs bring their own model, data and reward; what the
-command line says goes before it.
+summary.csv, one table of completions per model, one picture with all curves. Runs bring their own model, data and
+reward; what the command line says goes before it, and a benchmark (`eval=aime24`) brings data and reward for all.
+
+Every finished batch is kept beside the results (`rltoken.evals.shards`): the same command after a kill goes on, and
+ends with the same files as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -22,19 +25,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from rltoken import adapters, cli, config, identity, runs
 from rltoken.errors import UserError
+from rltoken.evals import shards
 
 if TYPE_CHECKING:
+    import pandas as pd
     from accelerate import PartialState
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from rltoken.evals.chat import ChatGenerator
     from rltoken.evals.generate import Settings
     from rltoken.evals.generators import Generator
 
+RESULTS = "metrics.json"
+"""What there is only of a finished evaluation."""
 OF_A_RUN = ("world", "model", "data", "reward", "rollout", "eval")
 """Sections that a run brings with it."""
 BACK_END = ("use_vllm", "vllm_mode", "vllm_max_model_length")
 """What a run brings of the section `trainer`: by what it samples. It is what the group `rollout` chooses."""
-TOP_LEVEL = (*OF_A_RUN, "trainer", "runs", "models", "out")
+TOP_LEVEL = (*OF_A_RUN, "trainer", "runs", "models", "server", "tokenizer", "out")
 OF_A_GROUP = {
     "world": ("world",),
     "model": ("model",),
@@ -49,8 +58,20 @@ OF_A_GROUP = {
 SAME = ("data.eval", "reward", "eval")
 """What all models of one comparison must share; where budgets are fractions, `LONGEST` too."""
 LONGEST = "rollout.max_thinking_tokens"
+BENCHMARK = ("data", "reward", "eval")
+"""Sections that a benchmark, a choice of the group `eval`, brings."""
 WHEN = {"eval.before", "eval.after"}
 """Keys of `eval` that only say when training evaluates."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a model is evaluated with, but for itself: where it is, problems, and what the results will belong to."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase | None
+    problems: Dataset
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Subject:
 
 def main() -> None:
     """The entry point."""
-    cli.main(_job, "evaluate", TOP_LEVEL, "interrupted; nothing was written for the model under way")
+    cli.main(_job, "evaluate", TOP_LEVEL, "interrupted; the same command goes on from the last batch")
 
 
 @hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="evaluate", version_base="1.3")
@@ -88,23 +109,54 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if not OmegaConf.is_list(cfg[key]):
             raise UserError(f"{key}: {cfg[key]!r} is no list; write '{key}=[FOLDER,...]'.")
     found = subjects(cfg, overrides)
+    check_server(cfg)
     for subject in found:
         config.check_values(subject.cfg)
         check_back_end(subject)
     refuse_differences(found)
-    folder = Path(cfg.out or f"evaluations/{'-vs-'.join(subject.name for subject in found)[:80]}")
-    if folder.is_file() or (folder / "metrics.json").exists():
-        raise UserError(
-            f"out: {folder} is a file, or holds an evaluation already; choose another with out=..., or remove it."
-        )
-    for path in cfg.models:
+    names = "-vs-".join(subject.name for subject in found)[:80]
+    folder = Path(cfg.out or Path("evaluations", *filter(None, [found[0].cfg.eval.benchmark]), names))
+    if folder.is_file():
+        raise UserError(f"out: {folder} is a file; choose another with out=...")
+    for path in () if cfg.server else cfg.models:
         existing_model(str(path))
     state = PartialState(cpu=cfg.trainer.use_cpu)
+    prepared = [prepare(subject, state) for subject in found]
+    facts = {subject.name: one.facts for subject, one in zip(found, prepared, strict=True)}
+    if (folder / RESULTS).exists():
+        repeat(folder, facts)
+        return
+    for subject, one in zip(found, prepared, strict=True):
+        shards.check(shards_of(subject, folder), one.facts)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-    summaries = {subject.name: evaluated(subject, folder, state) for subject in found}
+    tables = {
+        subject.name: evaluated(subject, one, folder, state) for subject, one in zip(found, prepared, strict=True)
+    }
     if state.is_main_process:
-        finish(found, summaries, folder)
+        finish(found, tables, facts, folder)
+
+
+def repeat(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show the results of an evaluation that is finished already.
+
+    Raises:
+        UserError: it is another one.
+    """
+    from rltoken import report
+
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    then = results.get("identity", {})
+    if then.keys() != facts.keys():
+        raise UserError(
+            f"out: {folder} holds an evaluation already, of {', '.join(then) or 'an earlier version'}; choose another "
+            "with out=..., or remove it."
+        )
+    for name, now in facts.items():
+        shards.refuse_other(folder, then[name], now)
+    if runs.is_main_process():
+        report.show_comparison(results["models"])
+        print(f"finished already: {folder / RESULTS}")
 
 
 def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
@@ -121,6 +173,25 @@ def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
         if names.count(name) > 1:
             raise UserError(f"runs: there are two of the name {name}; name each once.")
     return found
+
+
+def check_server(cfg: DictConfig) -> None:
+    """Refuse what a server that is asked by messages cannot do.
+
+    Raises:
+        UserError: no model is named, or runs are, or answers are to be forced.
+    """
+    if cfg.server is None:
+        return
+    if not str(cfg.server).startswith(("http://", "https://")):
+        raise UserError(f"server: {cfg.server} is no URL; write http://HOST:PORT/v1.")
+    if cfg.runs or not cfg.models:
+        raise UserError(f"models: name what the server at {cfg.server} serves, as in 'models=[NAME]', and no runs.")
+    if cfg.eval.budgets:
+        raise UserError(
+            "eval.budgets: chat completions cannot be cut and continued, so no answer can be forced through them; set "
+            "eval.budgets=null, or leave server out and set rollout=vllm_server for a vLLM server."
+        )
 
 
 def existing_model(path: str) -> None:
@@ -155,10 +226,12 @@ def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subjec
             f"runs: {folder} has no {model.name}{'' if inside else ' model, so it is not finished'}; go on with "
             f"resume=auto, or evaluate a checkpoint by 'runs=[{folder}/checkpoint-N]'."
         )
-    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    # Not resolved yet: what the command line chooses may refer to the run's model, as how thinking ends in a reward.
+    merged = OmegaConf.create(OmegaConf.to_container(cfg))
     stored = OmegaConf.load(folder / "config.yaml")
     chosen = [item.lstrip("+~").partition("=")[0] for item in overrides]
     given = {section for key in chosen for section in OF_A_GROUP.get(key.partition("@")[0], ())}
+    given |= set(BENCHMARK if cfg.eval.benchmark is not None else ())
     for section in OF_A_RUN:
         if section not in given and section in stored:
             merged[section] = (
@@ -172,12 +245,18 @@ def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subjec
     for key in chosen:
         if key.partition(".")[0] in OF_A_RUN and "." in key:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+    OmegaConf.resolve(merged)
     return Subject(f"{folder.name}-{model.name}" if inside else folder.name, str(model), merged)
 
 
 def back_end(trainer: Mapping[str, Any]) -> str:
     """What completes the problems, by the section `trainer`: the name of a choice of the group `rollout`."""
     return f"vllm_{trainer['vllm_mode']}" if trainer["use_vllm"] else "hf"
+
+
+def sampled_by(cfg: DictConfig) -> str:
+    """`chat` for a server that is asked by messages, else `back_end`."""
+    return "chat" if cfg.server else back_end(cfg.trainer)
 
 
 def check_back_end(subject: Subject) -> None:
@@ -189,7 +268,7 @@ def check_back_end(subject: Subject) -> None:
     import torch
 
     cfg = subject.cfg
-    if back_end(cfg.trainer) == "hf":
+    if sampled_by(cfg) in ("hf", "chat"):
         return
     try:
         config.check_vllm(cfg.trainer, torch.cuda.is_available() and not cfg.trainer.use_cpu)
@@ -231,42 +310,131 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def evaluated(subject: Subject, folder: Path, state: PartialState) -> dict[str, Any]:
-    """Load one model, evaluate it, write NAME.parquet; its summary."""
+def prepare(subject: Subject, state: PartialState) -> Prepared:
+    """Load all but the model.
+
+    Raises:
+        UserError: the data cannot be had, or are not as many as the benchmark has.
+    """
     from rltoken import parts
-    from rltoken.evals.generate import evaluate, settings_of
-    from rltoken.evals.metrics import summary
+    from rltoken.evals.generate import even_chunk
 
     cfg = subject.cfg
+    by = sampled_by(cfg)
     with state.main_process_first():
         path = subject.path or parts.source(cfg.model)
-        tokenizer = parts.tokenizer(cfg.model, path)
-        problems = parts.first(parts.problems(cfg.data, "eval", tokenizer), cfg.eval.limit)
+        where = cfg.tokenizer if by == "chat" else path
+        tokenizer = None if where is None else parts.tokenizer(cfg.model, where)
+        if tokenizer is None and cfg.data.get("max_prompt_tokens") is not None:
+            raise UserError("tokenizer: data.max_prompt_tokens counts by one; set tokenizer=FOLDER_OR_HUB_ID.")
+        problems = parts.problems(cfg.data, "eval", tokenizer)
+        check_count(cfg, len(problems))
+        problems = parts.first(problems, cfg.eval.limit)
+    chunk = even_chunk(len(problems) * cfg.eval.samples, state.num_processes, cfg.eval.chunk)
+    sections = ("model", "data.eval", "reward", "eval", LONGEST)
+    settings = identity.flat({key: plain(OmegaConf.select(cfg, key)) for key in sections})
+    settings |= {"device": state.device.type, "sampled_by": by, "batch": cfg.eval.batch_size if by == "hf" else chunk}
+    engines = {
+        name: version for name, version in runs.versions().items() if by.startswith("vllm") and name.startswith("vllm")
+    }
+    facts = {
+        "settings": {key: value for key, value in settings.items() if key not in {*identity.FREE, *WHEN}},
+        "model": f"{path} at {cfg.server}" if by == "chat" else identity.digest_of_model(path),
+        "eval_data": identity.digest_of_rows(problems),
+        "versions": identity.versions() | engines,
+        "code": identity.code(cfg),
+    }
+    if by != "chat" and adapters.is_adapter(path):
+        facts["frozen"] = identity.digest_of_model(parts.base_of(cfg.model, path))
+    return Prepared(path, tokenizer, problems, facts)
+
+
+def check_count(cfg: DictConfig, found: int) -> None:
+    """Refuse a benchmark of which problems are missing, unless a part was asked for.
+
+    Raises:
+        UserError: there are more or fewer than it has.
+    """
+    counts = plain(cfg.eval.count)
+    counts = counts if isinstance(counts, list) else [counts]
+    if counts == [None] or found in counts or cfg.data.get("eval_limit") is not None:
+        return
+    raise UserError(
+        f"eval.count: {cfg.eval.benchmark} has {' or '.join(map(str, counts))} problems, and {found} were found; "
+        "correct data.eval_path or data.eval_hub, or set eval.count=null to evaluate these."
+    )
+
+
+def shards_of(subject: Subject, folder: Path) -> Path:
+    """Where the finished batches of a model are kept until all is written."""
+    return folder / f"{subject.name}.shards"
+
+
+def evaluated(subject: Subject, prepared: Prepared, folder: Path, state: PartialState) -> pd.DataFrame:
+    """Load one model, evaluate it, write NAME.parquet; its table. What was finished before is read instead."""
+    import pandas as pd
+
+    from rltoken import parts
+    from rltoken.evals.generate import evaluate, settings_of
+
+    cfg, tokenizer = subject.cfg, prepared.tokenizer
+    done, batches = folder / f"{subject.name}.parquet", shards_of(subject, folder)
+    if done.exists() and batches.exists():
+        return pd.read_parquet(done)
     settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens)
-    with generating(cfg, path, tokenizer, settings, state, folder / f".{subject.name}.merged") as generator:
+    scratch = folder / f".{subject.name}.merged"
+    with generating(cfg, prepared.path, tokenizer, settings, state, scratch) as generator:
+        with state.main_process_first():
+            shards.begin(batches, prepared.facts)
         table = evaluate(
             generator,
             tokenizer,
-            problems,
+            prepared.problems,
             parts.correctness(parts.rewards(cfg.reward)[0]),
-            parts.template(cfg.model, tokenizer),
+            None if sampled_by(cfg) == "chat" else parts.template(cfg.model, tokenizer),
             settings,
             label=subject.name,
+            shards=batches,
         )
     if state.is_main_process:
-        table.to_parquet(folder / f"{subject.name}.parquet")
-    return summary(table)
+        if settings.samples > 1:
+            table = with_answers(table, cfg.reward)
+        shards.written(done, table.to_parquet())
+        table = pd.read_parquet(done)  # as one that goes on from here would
+    return table
+
+
+def with_answers(table: pd.DataFrame, section: DictConfig) -> pd.DataFrame:
+    """The table with the final answer of each completion, and the number of its class among those of its problem.
+
+    Args:
+        table: with `id` and `text`.
+        section: the section `reward`, which says how answers are read and which are equal.
+
+    Returns:
+        With `answer` (text, None where there is none) and `answer_class` (from 0 in order of appearance, -1 where there
+        is no answer), each where the section says how.
+    """
+    from rltoken import parts
+
+    read, classes = parts.answer(section), parts.rewards(section)[2]
+    texts = table["text"].tolist()
+    if read is not None:
+        table = table.assign(answer=[read(text) for text in texts])
+    if classes is not None:
+        table = table.assign(answer_class=classes(texts, table.groupby("id", sort=False).ngroup().tolist()))
+    return table
 
 
 @contextlib.contextmanager
 def generating(
     cfg: DictConfig,
     path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     settings: Settings,
     state: PartialState,
     scratch: Path,
-) -> Iterator[Generator]:
+) -> Iterator[Generator | ChatGenerator]:
     """What samples from the model at `path`; with vLLM its engine ends with the context.
 
     Args:
@@ -276,20 +444,26 @@ def generating(
         UserError: the model cannot be loaded, merged or served.
     """
     from rltoken import models, parts
+    from rltoken.evals.chat import ChatGenerator
     from rltoken.evals.engine import engine
     from rltoken.evals.generators import ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
 
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+    if sampled_by(cfg) == "chat":
+        ends = cfg.model.think_end
+        yield ChatGenerator(cfg.server.rstrip("/"), path, tokenizer, ends, patience=cfg.rollout.patience, **sampling)
+        return
     if back_end(cfg.trainer) == "hf":
         model = parts.model(cfg.model, path).to(state.device)
-        yield TransformersGenerator(model, tokenizer, temperature=settings.temperature, batch_size=settings.batch_size)
+        yield TransformersGenerator(model, tokenizer, batch_size=settings.batch_size, **sampling)
         return
     if back_end(cfg.trainer) == "vllm_server":
         declared = models.generation_config(path, trust_remote_code=cfg.model.trust_remote_code)
         yield ServerGenerator(
             server_of(cfg.trainer, path),
             ends_of(declared, tokenizer),
-            temperature=settings.temperature,
             patience=cfg.rollout.patience,
+            **sampling,
         )
         return
     with (
@@ -305,7 +479,7 @@ def generating(
         ) as llm,
     ):
         declared = models.generation_config(served, trust_remote_code=cfg.model.trust_remote_code)
-        yield VllmGenerator(llm, ends_of(declared, tokenizer), temperature=settings.temperature)
+        yield VllmGenerator(llm, ends_of(declared, tokenizer), **sampling)
 
 
 def server_of(trainer: DictConfig, path: str) -> str:
@@ -368,22 +542,71 @@ def whole_model(cfg: DictConfig, path: str, state: PartialState, scratch: Path) 
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def finish(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Write metrics.json and curves.png, print the table, and say where everything is."""
+def finish(
+    found: Sequence[Subject], tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any], folder: Path
+) -> None:
+    """Write summary.csv, curves.png and, last, metrics.json; print the table, and say where everything is."""
     from rltoken import report
+    from rltoken.evals.metrics import summary
 
+    summaries = {name: summary(table) for name, table in tables.items()}
     settings = {
         subject.name: {
             **{key: plain(OmegaConf.select(subject.cfg, key)) for key in (*SAME, LONGEST)},
-            "sampled_by": back_end(subject.cfg.trainer),
+            "model": subject.path or plain(subject.cfg.model.source),
+            "sampled_by": sampled_by(subject.cfg),
+            "server": subject.cfg.server,
         }
         for subject in found
     }
-    results = {"settings": settings, "versions": runs.versions(), "models": summaries}
+    results = {
+        "settings": settings,
+        "versions": runs.versions(),
+        "models": summaries,
+        "tokens": {name: tokens_of(table) for name, table in tables.items()},
+        "identity": facts,
+    }
     report.curves(summaries, folder / "curves.png")
-    (folder / "metrics.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    shards.written(folder / "summary.csv", in_rows(found, summaries).to_csv(index=False).encode())
+    shards.written(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    for subject in found:
+        shutil.rmtree(shards_of(subject, folder), ignore_errors=True)
     report.show_comparison(summaries)
-    print(f"metrics: {folder / 'metrics.json'}, picture: {folder / 'curves.png'}, completions: {folder}/*.parquet")
+    chosen = found[0].cfg.eval
+    print(
+        f"{chosen.benchmark or 'sampled'}: {chosen.samples} samples a problem, temperature {chosen.temperature:g}, "
+        f"top-p {chosen.top_p:g}, at most {chosen.max_new_tokens} tokens"
+    )
+    print(
+        f"metrics: {folder / RESULTS}, {folder / 'summary.csv'}, picture: {folder / 'curves.png'}, completions: ",
+        end="",
+    )
+    print(f"{folder}/*.parquet")
+
+
+def tokens_of(table: pd.DataFrame) -> dict[str, int | None]:
+    """What an evaluation cost: tokens sampled, forced answers included, and tokens of contexts that were computed."""
+    return {
+        name: int(table[f"{name}_tokens"].sum()) if f"{name}_tokens" in table else None
+        for name in ("sampled", "prefilled")
+    }
+
+
+def in_rows(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per model: how it was measured, and every number that is one; `correct@B` is accuracy at budget B."""
+    import pandas as pd
+
+    measured = ("benchmark", "temperature", "top_p", "max_new_tokens", "seed")
+    rows = []
+    for subject in found:
+        numbers = summaries[subject.name]
+        at_budgets = zip(numbers.get("budgets", ()), numbers.get("budget_accuracy", ()), strict=True)
+        rows.append(
+            {"model": subject.name, **{key: subject.cfg.eval[key] for key in measured}}
+            | {key: value for key, value in numbers.items() if isinstance(value, int | float) or value is None}
+            | {f"correct@{budget}": accuracy for budget, accuracy in at_budgets}
+        )
+    return pd.DataFrame.from_records(rows)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,14 @@ SHAPING = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "
 """Packages of which another version may compute other numbers from the same state."""
 FREE = ("name", "runs_dir", "resume", "on_change", "trainer.max_hours", "trainer.save_total_limit", "reward.workers")
 """Settings on which no number depends."""
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a model and its tokenizer are loaded from."""
 ORDERED = ("method", "reward.funcs")
 """Sections whose order counts."""
 SENTENCES = {
     "data": "the training data are others than then",
     "eval_data": "the evaluation data are others than then",
+    "model": "the model is another than then",
     "frozen": "the weights that are not trained (an adapter's base, the reference, the teacher) are others than then",
 }
 """What is compared by a digest -> what is said where it differs."""
@@ -46,6 +49,20 @@ def versions() -> dict[str, str]:
         digest.update(path.read_bytes())
     found = {"rltoken": f"{__version__}+{digest.hexdigest()[:8]}"}
     return found | {package: importlib.metadata.version(package) for package in SHAPING}
+
+
+def digest_of_model(path: str) -> str:
+    """What identifies a model: the content of the files in its folder, or the revision that a hub id stands for."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(path, "config.json")).parent.name
+    digest = hashlib.sha256()
+    for file in sorted(found for found in folder.iterdir() if found.suffix in LOADED):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
 
 
 def digest_of_rows(rows: Iterable[Mapping[str, Any]]) -> str:

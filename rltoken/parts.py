@@ -123,6 +123,11 @@ def rewards(section: DictConfig) -> tuple[dict[str, Callable[..., Any]], list[fl
     return funcs, None if made.weights is None else list(made.weights), made.classes
 
 
+def answer(section: DictConfig) -> Callable[[str], str | None] | None:
+    """What reads the final answer out of a completion, by the section `reward`; None where it does not say."""
+    return instantiate(section.answer) if section.get("answer") else None
+
+
 def correctness(funcs: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """What evaluations count: the reward function that the signal `correct` follows in training."""
     return list(funcs.values())[signals.correctness(list(funcs))]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import requests
 from omegaconf import DictConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,8 +92,8 @@ class Server:
 
     def _ask(self, what: str, **payload: Any) -> dict[str, Any]:
         try:
-            response = httpx.post(f"{self.url}/{what}", json=payload, timeout=ASK_SECONDS)
-        except httpx.HTTPError as error:
+            response = requests.post(f"{self.url}/{what}", json=payload, timeout=ASK_SECONDS)
+        except requests.RequestException as error:
             raise UserError(
                 f"teacher.url: no vLLM server answers at {self.url} ({type(error).__name__}); start one with "
                 "'python -m rltoken.serve model=hf model.path=TEACHER rollout=vllm_server', or correct teacher.url."

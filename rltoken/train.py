@@ -304,14 +304,15 @@ def generating(trainer: Any, settings: Settings) -> Iterator[Generator]:
 
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     ends = ends_of(model.generation_config, tokenizer)
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     if trainer.serves_alone:
         with trainer.serving() as llm:
-            yield VllmGenerator(llm, ends, temperature=settings.temperature)
+            yield VllmGenerator(llm, ends, **sampling)
     elif trainer.server_url:
         trainer.hand_over()
-        yield ServerGenerator(trainer.server_url, ends, temperature=settings.temperature, patience=trainer.patience)
+        yield ServerGenerator(trainer.server_url, ends, patience=trainer.patience, **sampling)
     else:
-        yield TransformersGenerator(model, tokenizer, temperature=settings.temperature, batch_size=settings.batch_size)
+        yield TransformersGenerator(model, tokenizer, batch_size=settings.batch_size, **sampling)
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ many processes share the work; every global random state is left as it was.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,8 +25,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rltoken.errors import UserError
+from rltoken.evals.chat import ChatGenerator
 from rltoken.evals.generators import Generator
 from rltoken.evals.metrics import AT_BUDGET, MALFORMED, OUTCOME, UNGRADED
+from rltoken.evals.shards import read, write
 from rltoken.rewards.outcomes import Outcome
 from rltoken.rng import forked_rng, request_seed
 from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, well_formed
@@ -33,8 +37,6 @@ from rltoken.types import Template
 
 Graded = tuple[float, str]
 """Correctness, and what became of the grading (`rltoken.rewards.outcomes`)."""
-CHUNK = 2048
-"""Completions that are asked for at once, at most, where each has a random stream of its own."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Settings:
         batch_size: completions that transformers generates at once. It is part of what a seed reproduces there; vLLM
             decides by itself how many it has under way.
         seed: of the sampling.
+        top_p: sample from the most probable tokens that hold this share of the probability.
+        chunk: completions that are asked for at once, at most, where each has a random stream of its own.
     """
 
     samples: int
@@ -57,6 +61,16 @@ class Settings:
     seed: int
     budgets: tuple[int, ...] = ()
     max_answer_tokens: int = 128
+    top_p: float = 1.0
+    chunk: int = 512
+
+
+@dataclass
+class Cost:
+    """Tokens that one completion, and the answers forced in it, took: `sampled`, and computed of contexts."""
+
+    sampled: int
+    prefilled: int = 0
 
 
 def settings_of(config: Mapping[str, Any], longest: int) -> Settings:
@@ -65,20 +79,21 @@ def settings_of(config: Mapping[str, Any], longest: int) -> Settings:
     Raises:
         ValueError: budgets that are not ascending.
     """
-    names = ("samples", "temperature", "max_new_tokens", "max_answer_tokens", "batch_size", "seed")
+    names = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "budgets")
     budgets = in_tokens(config["budgets"], longest) if config["budgets"] else ()
     return Settings(**{name: config[name] for name in names}, budgets=tuple(budgets))
 
 
 def evaluate(
-    generator: Generator,
-    tokenizer: PreTrainedTokenizerBase,
+    generator: Generator | ChatGenerator,
+    tokenizer: PreTrainedTokenizerBase | None,
     dataset: Dataset,
     reward: Callable[..., list[float | None]],
-    template: Template,
+    template: Template | None,
     settings: Settings,
     *,
     label: str = "evaluation",
+    shards: Path | None = None,
 ) -> pd.DataFrame:
     """Sample and grade completions of every problem, each process its share of the batches.
 
@@ -86,45 +101,66 @@ def evaluate(
     (thinking that ended before a budget is answered once for all of those).
 
     Args:
-        generator: the model; its temperature is that of the settings.
+        generator: the model; its temperature and top-p are those of the settings.
+        tokenizer: of the model; a server that is asked by messages needs none.
         dataset: with `prompt` (conversational), `id` and what `reward` reads.
         reward: correctness in TRL's signature; None counts as wrong.
-        template: what forces an answer.
+        template: what forces an answer; None for a server that is asked by messages.
         label: what the progress bar says.
+        shards: a folder that takes the table of every batch as it is finished (`rltoken.evals.shards`); those that are
+            there already are taken, and not sampled again.
 
     Returns:
         One row per sample, on every process: id, sample, correct (0 or 1), outcome, thinking_tokens, completion_tokens,
-        truncated, text, and `correct@B` and `outcome@B` for every budget B.
+        truncated, text, `correct@B` and `outcome@B` for every budget B; and what it cost, forced answers included:
+        sampled_tokens and, where the generator counts them, prefilled_tokens.
 
     Raises:
         UserError: there are budgets and the template forces nothing.
     """
+    assert not (settings.budgets and isinstance(generator, ChatGenerator)), "chat completions cannot be cut"
     if settings.budgets and not template.cut:
         raise UserError(
             "model.forced.header: nothing would make the model answer where its thinking is cut; set it or "
             "model.think_end, or set eval.budgets=null."
         )
+    tables = _tables(generator, tokenizer, dataset, reward, template, settings, label, shards)
+    if PartialState().num_processes > 1:
+        tables = gather_object(tables)
+    return pd.concat(tables).sort_index().reset_index(drop=True)
+
+
+def _tables(generator, tokenizer, dataset, reward, template, settings, label, shards) -> list[pd.DataFrame]:
+    """The tables of this process's batches, their rows numbered among those of all."""
     state = PartialState()
     jobs = [(row, sample) for row in range(len(dataset)) for sample in range(settings.samples)]
-    size = generator.together or even_chunk(len(jobs), state.num_processes)
-    batches = list(enumerate(range(0, len(jobs), size)))[state.process_index :: state.num_processes]
-    tables = []
-    with torch.no_grad(), tqdm(total=len(batches), desc=label, disable=not sys.stderr.isatty()) as bar:
-        for number, start in batches:
-            batch = jobs[start : start + size]
+    size = generator.together or even_chunk(len(jobs), state.num_processes, settings.chunk)
+    mine = list(enumerate(range(0, len(jobs), size)))[state.process_index :: state.num_processes]
+    tables = {number: shards and read(shards, number) for number, _ in mine}
+    missing = [(number, jobs[start : start + size], start) for number, start in mine if tables[number] is None]
+    total = sum(len(jobs[start : start + size]) for _, start in mine)
+    done = total - sum(len(batch) for _, batch, _ in missing)
+    bar = tqdm(total=total, initial=done, desc=label, unit="completion", disable=not sys.stderr.isatty())
+    with torch.no_grad(), bar:
+        for number, batch, start in missing:
             with forked_rng(settings.seed * 1_000_003 + number):
-                records = _batch(generator, tokenizer, dataset, reward, template, settings, batch)
-            tables.append(pd.DataFrame.from_records(records, index=range(start, start + len(batch))))
-            bar.update()
-    if state.num_processes > 1:
-        tables = gather_object(tables)
-    return pd.concat(tables).sort_index()
+                records = (
+                    _chat_batch(generator, dataset, reward, settings, batch)
+                    if isinstance(generator, ChatGenerator)
+                    else _batch(generator, tokenizer, dataset, reward, template, settings, batch)
+                )
+            tables[number] = pd.DataFrame.from_records(records, index=range(start, start + len(batch)))
+            if shards:  # read again, so that types do not tell what was there before
+                write(shards, number, tables[number])
+                tables[number] = read(shards, number)
+            bar.update(len(batch))
+    return list(tables.values())
 
 
-def even_chunk(jobs: int, processes: int) -> int:
-    """How many jobs to do at once, `CHUNK` at most, so that processes that take turns do equally many."""
+def even_chunk(jobs: int, processes: int, chunk: int) -> int:
+    """How many jobs to do at once, `chunk` at most, so that processes that take turns do equally many."""
     share = max(1, math.ceil(jobs / processes))
-    return math.ceil(share / math.ceil(share / CHUNK))
+    return math.ceil(share / math.ceil(share / chunk))
 
 
 def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> list[dict[str, Any]]:
@@ -135,9 +171,13 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     )["input_ids"]
     seeds = [request_seed(settings.seed, *job, "completion") for job in batch]
     completions = generator.complete(prompts, settings.max_new_tokens, (), seeds)
+    costs = [Cost(len(ids)) for ids in completions]
+    _count_prefilled(generator, costs)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     graded = _graded(reward, examples, completions, texts)
-    at_budgets = _at_budgets(generator, tokenizer, reward, template, settings, batch, examples, prompts, completions)
+    at_budgets = _at_budgets(
+        generator, tokenizer, reward, template, settings, batch, examples, prompts, completions, costs
+    )
     return [
         {
             "id": example["id"],
@@ -150,15 +190,47 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
             "text": plain_text(text),
             **{f"{AT_BUDGET}{budget}": score for budget, (score, _) in zip(settings.budgets, forced, strict=True)},
             **{f"{OUTCOME}@{budget}": told for budget, (_, told) in zip(settings.budgets, forced, strict=True)},
+            "sampled_tokens": cost.sampled,
+            **({} if generator.prefilled is None else {"prefilled_tokens": cost.prefilled}),
         }
-        for example, (_, sample), (value, outcome), ids, text, forced in zip(
-            examples, batch, graded, completions, texts, at_budgets, strict=True
+        for example, (_, sample), (value, outcome), ids, text, forced, cost in zip(
+            examples, batch, graded, completions, texts, at_budgets, costs, strict=True
         )
     ]
 
 
+def _chat_batch(generator, dataset, reward, settings, batch) -> list[dict[str, Any]]:
+    """The same of a server that is asked by messages."""
+    examples = [dataset[row] for row, _ in batch]
+    seeds = [request_seed(settings.seed, *job, "completion") for job in batch]
+    replies = generator.replies([example["prompt"] for example in examples], settings.max_new_tokens, seeds)
+    texts = [reply.text for reply in replies]
+    graded = _graded(reward, examples, [[] for _ in texts], texts)
+    return [
+        {
+            "id": example["id"],
+            "sample": sample,
+            "correct": value,
+            OUTCOME: outcome,
+            "thinking_tokens": reply.thinking_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "truncated": reply.truncated,
+            "text": reply.text,
+            "sampled_tokens": reply.sampled,
+            "prefilled_tokens": reply.prefilled,
+        }
+        for example, (_, sample), (value, outcome), reply in zip(examples, batch, graded, replies, strict=True)
+    ]
+
+
+def _count_prefilled(generator: Generator, costs: Sequence[Cost]) -> None:
+    """Add what the last call computed of each context to the cost of the completion it belongs to."""
+    for cost, tokens in zip(costs, generator.prefilled or [0] * len(costs), strict=True):
+        cost.prefilled += tokens
+
+
 def _at_budgets(
-    generator, tokenizer, reward, template, settings, batch, examples, prompts, completions
+    generator, tokenizer, reward, template, settings, batch, examples, prompts, completions, costs
 ) -> list[list[Graded]]:
     """Per completion its correctness and outcome at every budget, each from an answer forced there."""
     if not settings.budgets:
@@ -178,7 +250,11 @@ def _at_budgets(
         settings.max_answer_tokens,
         template.stops,
         [request_seed(settings.seed, *batch[i], "answer", len(prefix.kept)) for i, prefix in chosen],
+        [(i, len(prompts[i]) + len(prefix.kept)) for i, prefix in chosen],
     )
+    _count_prefilled(generator, [costs[i] for i, _ in chosen])
+    for (i, _), answer in zip(chosen, answers, strict=True):
+        costs[i].sampled += len(answer)
     ids = [prefix.ids + answer for (_, prefix), answer in zip(chosen, answers, strict=True)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     graded = _graded(reward, [examples[i] for i, _ in chosen], ids, texts)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rltoken.errors import UserError
 from rltoken.rollout.completions import complete
@@ -25,13 +28,21 @@ class Generator(Protocol):
         ends: tokens that end a sequence.
         together: how many completions share one random state, so that they must be sampled together; None where each
             has a random stream of its own.
+        prefilled: of the last call, the tokens of each context that had to be computed, since no cache held their keys
+            and values; None where nobody says, or where it hangs on what else a cache held.
     """
 
     ends: frozenset[int]
     together: int | None
+    prefilled: list[int] | None
 
     def complete(
-        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int], seeds: Sequence[int]
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        seeds: Sequence[int],
+        begun: Sequence[tuple[int, int]] = (),
     ) -> list[list[int]]:
         """One continuation each, up to and with the first token that ends the sequence or is one of `stops`.
 
@@ -40,26 +51,53 @@ class Generator(Protocol):
             max_new_tokens: tokens of a continuation at most.
             stops: tokens that end a continuation, besides `ends`.
             seeds: of the random stream of each, which counts where `together` is None.
+            begun: for each context, which of the last call without it (its context and continuation) it begins as, and
+                how many tokens the two share, so that those need not be computed again. Empty: they share nothing.
         """
         ...
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Keys and values of one call's contexts and continuations; each row's begin at its own slot, after padding."""
+
+    cache: DynamicCache
+    starts: list[int]
+
+
 class TransformersGenerator:
-    """A model that samples from the random state it is called in, `batch_size` contexts at a time, in their order."""
+    """A model that samples from the random state it is called in, `batch_size` contexts at a time, in their order.
+
+    It holds the keys and values of its last call until the next, as much memory as that call needed, so that forcing
+    answers at many budgets does not compute the thinking again. Models that do not cache every token do so.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float,
+        batch_size: int,
+        top_p: float = 1.0,
     ) -> None:
-        self._model, self._tokenizer, self._temperature = model, tokenizer, temperature
+        self._model, self._tokenizer, self._temperature, self._top_p = model, tokenizer, temperature, top_p
+        self._encoded: Encoded | None = None
         self.ends = ends_of(model.generation_config, tokenizer)
         self.together = batch_size
+        self.prefilled: list[int] = []
 
     def complete(
-        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int], seeds: Sequence[int]
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        seeds: Sequence[int],
+        begun: Sequence[tuple[int, int]] = (),
     ) -> list[list[int]]:
         """As `Generator` says; the model is in evaluation mode meanwhile."""
         ends = self.ends.union(stops)
-        sampled = {"temperature": self._temperature, "top_k": 0, "top_p": 1.0}
+        sampled = {"temperature": self._temperature, "top_k": 0, "top_p": self._top_p}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=self._temperature > 0,
@@ -67,41 +105,98 @@ class TransformersGenerator:
             eos_token_id=sorted(ends),
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,
+            return_dict_in_generate=True,
         )
+        known, self._encoded, self.prefilled = (self._encoded if begun else None), None, []
         training = self._model.training
         self._model.eval()
+        found: list[list[int]] = []
         try:
-            return [
-                until_end(ids, ends)
-                for start in range(0, len(contexts), self.together)
-                for ids in self._batch(contexts[start : start + self.together], settings)
-            ]
+            for start in range(0, len(contexts), self.together):
+                batch = slice(start, start + self.together)
+                output = (
+                    self._batch(contexts[batch], settings, keep=not begun and len(contexts) <= self.together)
+                    if known is None
+                    else self._continued(known, contexts[batch], begun[batch], settings)
+                )
+                found += [until_end(ids, ends) for ids in output]
+            return found
         finally:
             self._model.train(training)
 
-    def _batch(self, contexts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
+    def _batch(self, contexts: Sequence[Sequence[int]], settings: GenerationConfig, *, keep: bool) -> list[list[int]]:
         encoded = self._tokenizer.pad({"input_ids": contexts}, padding_side="left", return_tensors="pt")
         encoded = encoded.to(self._model.device)
+        width = encoded["input_ids"].size(1)
         output = self._model.generate(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            generation_config=settings,
         )
-        return output[:, encoded["input_ids"].size(1) :].tolist()
+        self.prefilled += map(len, contexts)
+        cache = output.past_key_values
+        if keep and cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self._encoded = Encoded(cache, [width - len(ids) for ids in contexts])
+        return output.sequences[:, width:].tolist()
+
+    def _continued(
+        self,
+        known: Encoded,
+        contexts: Sequence[Sequence[int]],
+        begun: Sequence[tuple[int, int]],
+        settings: GenerationConfig,
+    ) -> list[list[int]]:
+        """Continuations of contexts of which the first tokens are known; of each, one at least is computed.
+
+        Slots of the cache that follow what a row shares stay where they are and are masked.
+        """
+        rows, starts = [row for row, _ in begun], [known.starts[row] for row, _ in begun]
+        slots = known.cache.get_seq_length()
+        shared = [
+            min(tokens, len(ids) - 1, slots - start)
+            for ids, (_, tokens), start in zip(contexts, begun, starts, strict=True)
+        ]
+        width = max(start + tokens for start, tokens in zip(starts, shared, strict=True))
+        longest = max(len(ids) - tokens for ids, tokens in zip(contexts, shared, strict=True))
+        pad, inputs, mask = settings.pad_token_id, [], []
+        for ids, start, tokens in zip(contexts, starts, shared, strict=True):
+            rest = list(ids[tokens:])
+            hole = width + longest - start - tokens - len(rest)
+            inputs.append([pad] * start + list(ids[:tokens]) + [pad] * hole + rest)
+            mask.append([0] * start + [1] * tokens + [0] * hole + [1] * len(rest))
+            self.prefilled.append(len(rest))
+        cache = DynamicCache(config=self._model.config)
+        for index, layer in enumerate(known.cache.layers):
+            cache.update(layer.keys[rows, :, :width], layer.values[rows, :, :width], index)
+        output = self._model.generate(
+            input_ids=torch.tensor(inputs, device=self._model.device),
+            attention_mask=torch.tensor(mask, device=self._model.device),
+            past_key_values=cache,
+            generation_config=settings,
+        )
+        return output.sequences[:, width + longest :].tolist()
 
 
 class VllmGenerator:
     """A vLLM engine that samples each request from the stream of its seed; all contexts of a call are in its hands."""
 
     together = None
+    prefilled = None
 
-    def __init__(self, llm: LLM, ends: frozenset[int], *, temperature: float) -> None:
-        self._llm, self._temperature = llm, temperature
+    def __init__(self, llm: LLM, ends: frozenset[int], *, temperature: float, top_p: float = 1.0) -> None:
+        self._llm, self._temperature, self._top_p = llm, temperature, top_p
         self._longest = llm.llm_engine.model_config.max_model_len
         self.ends = ends
 
     def complete(
-        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int], seeds: Sequence[int]
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        seeds: Sequence[int],
+        begun: Sequence[tuple[int, int]] = (),
     ) -> list[list[int]]:
-        """As `Generator` says.
+        """As `Generator` says; the engine finds by itself what it knows of a context.
 
         Raises:
             UserError: a context and its continuation are longer than the engine serves; it would cut what it samples.
@@ -118,6 +213,7 @@ class VllmGenerator:
         settings = [
             SamplingParams(
                 temperature=self._temperature,
+                top_p=self._top_p,
                 max_tokens=max_new_tokens,
                 stop_token_ids=sorted(self.ends.union(stops)),
                 seed=seed,
@@ -138,29 +234,48 @@ class ServerGenerator:
         url: of the server, without `/v1`.
         ends: tokens that end a sequence.
         temperature: 0 is greedy.
+        top_p: sample from the most probable tokens that hold this share of the probability.
         patience: seconds without any progress after which it is given up.
         model: the name that it serves the model under; None: whatever it serves.
     """
 
     together = None
+    prefilled = None
 
     def __init__(
-        self, url: str, ends: frozenset[int], *, temperature: float, patience: float, model: str | None = None
+        self,
+        url: str,
+        ends: frozenset[int],
+        *,
+        temperature: float,
+        patience: float,
+        top_p: float = 1.0,
+        model: str | None = None,
     ) -> None:
-        self._url, self._temperature, self._patience = url, temperature, patience
+        self._url, self._temperature, self._top_p, self._patience = url, temperature, top_p, patience
         self._named = {} if model is None else {"model": model}
         self.ends = ends
 
     def complete(
-        self, contexts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int], seeds: Sequence[int]
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stops: Sequence[int],
+        seeds: Sequence[int],
+        begun: Sequence[tuple[int, int]] = (),
     ) -> list[list[int]]:
-        """As `Generator` says.
+        """As `Generator` says; the server finds by itself what it knows of a context.
 
         Raises:
             SamplerLost: the server is gone or stands still.
             UserError: it refuses a request, as where a context and its completion are longer than it serves.
         """
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # not the model's own defaults
+        plain = {
+            "top_p": self._top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }  # not the model's own defaults
         common = (
             self._named
             | plain

@@ -21,6 +21,8 @@ from rltoken.errors import SamplerLost, UserError, first_line
 
 CONNECTIONS = 512
 """Requests on their way at once; the server queues what it cannot run."""
+TOO_MANY = 429
+"""The status by which a server asks to be asked again later."""
 LONGEST_PAUSE = 30.0
 CONNECT_SECONDS = 10.0
 LOOKS = 20
@@ -77,25 +79,60 @@ def complete(
         SamplerLost: the server cannot be reached or made no progress for so long.
         UserError: the server refuses a request.
     """
-    return asyncio.run(_complete(url, payloads, patience, key))
+    found, repeated = answers(f"{url}/v1/completions", payloads, patience=patience, metrics=f"{url}/metrics", key=key)
+    return [answer["choices"][0] for answer in found], repeated
 
 
-async def _complete(
-    url: str, payloads: Sequence[Mapping[str, Any]], patience: float, key: str
+def answers(
+    url: str,
+    payloads: Sequence[Mapping[str, Any]],
+    *,
+    patience: float,
+    key: str,
+    metrics: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[list[dict[str, Any]], bool]:
+    """One answer to each payload of `POST URL`.
+
+    Args:
+        url: what is asked.
+        payloads: requests.
+        patience: seconds without any progress after which to give up.
+        key: where the URL comes from, for the message.
+        metrics: where the server counts tokens as vLLM does; None: only answers are progress.
+        headers: of every request.
+
+    Returns:
+        The answers, and whether any request had to be repeated.
+
+    Raises:
+        SamplerLost: the server cannot be reached or made no progress for so long.
+        UserError: the server refuses a request.
+    """
+    return asyncio.run(_answers(url, payloads, patience, key, metrics, headers))
+
+
+async def _answers(
+    url: str,
+    payloads: Sequence[Mapping[str, Any]],
+    patience: float,
+    key: str,
+    metrics: str | None,
+    headers: Mapping[str, str] | None,
 ) -> tuple[list[Any], bool]:
     watch = Watch(len(payloads))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     connector = aiohttp.TCPConnector(limit=CONNECTIONS)
     async with (
-        aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=True) as session,
-        aiohttp.ClientSession(timeout=timeout, trust_env=True) as beside,  # or it would wait behind the completions
+        aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, trust_env=True) as session,
+        aiohttp.ClientSession(timeout=timeout, trust_env=True) as beside,  # or it would wait behind the requests
     ):
         requests = asyncio.gather(*(_one(session, url, payload, watch, key) for payload in payloads))
-        guard = asyncio.create_task(_guard(beside, url, watch, patience))
+        guard = asyncio.create_task(_guard(beside, metrics, watch, patience))
         try:
             await asyncio.wait([requests, guard], return_when=asyncio.FIRST_COMPLETED)
             if not requests.done():
-                raise SamplerLost(f"{key}: {watch.told(url, patience)}.")
+                raise SamplerLost(f"{key}: {watch.told(_server(url), patience)}.")
             return await requests, bool(watch.failed)
         finally:
             guard.cancel()
@@ -106,34 +143,35 @@ async def _complete(
 async def _one(
     session: aiohttp.ClientSession, url: str, payload: Mapping[str, Any], watch: Watch, key: str
 ) -> dict[str, Any]:
-    """One completion, asked for again and again; whoever guards the call ends it."""
+    """One answer, asked for again and again; whoever guards the call ends it."""
     pause = 1.0
     while True:
         try:
-            async with session.post(f"{url}/v1/completions", json=payload) as response:
+            async with session.post(url, json=payload) as response:
                 body = await response.read()
-            if response.status < 500:
+            if response.status < 500 and response.status != TOO_MANY:
                 break
-            watch.failed = f"status {response.status}: {body[:200].decode(errors='replace')}"
+            watch.failed = f"status {response.status}: {_text(body, 200)}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             watch.failed = f"{type(error).__name__} {first_line(error)}".strip()
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
     if response.status != 200:
-        told = body[:300].decode(errors="replace")
-        raise UserError(f"{key}: {url} refuses a request: {told}")
+        raise UserError(f"{key}: {_server(url)} refuses a request: {_text(body, 300)}")
     watch.done += 1
     watch.progressed()
-    return json.loads(body)["choices"][0]
+    return json.loads(body)
 
 
-async def _guard(session: aiohttp.ClientSession, url: str, watch: Watch, patience: float) -> None:
+async def _guard(session: aiohttp.ClientSession, metrics: str | None, watch: Watch, patience: float) -> None:
     """Return once there was no progress for `patience` seconds."""
     look = aiohttp.ClientTimeout(total=max(1.0, patience / LOOKS))
     while time.monotonic() - watch.at < patience:
         await asyncio.sleep(patience / LOOKS)
+        if metrics is None:
+            continue
         try:
-            async with session.get(f"{url}/metrics", timeout=look) as response:
+            async with session.get(metrics, timeout=look) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, OSError):
             continue
@@ -141,3 +179,11 @@ async def _guard(session: aiohttp.ClientSession, url: str, watch: Watch, patienc
         if tokens > watch.tokens:
             watch.progressed()
         watch.tokens = tokens
+
+
+def _server(url: str) -> str:
+    return url.removesuffix("/v1/completions")
+
+
+def _text(body: bytes, most: int) -> str:
+    return body[:most].decode(errors="replace")

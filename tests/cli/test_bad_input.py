@@ -372,8 +372,10 @@ def test_what_is_not_installed_is_refused_before_a_model_loads(cli, monkeypatch)
     monkeypatch.setattr(config, "_installed", lambda module: False)
     monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: [])
-    for key, value in (("use_vllm", "true"), ("use_liger_kernel", "true"), ("report_to", "wandb")):
-        found = cli(f"trainer.{key}={value}", "trainer.vllm_mode=server")
+    with pytest.raises(UserError, match=r"^trainer\.use_vllm: .*not installed; run: pip install"):
+        config.check_vllm({"use_vllm": True, "vllm_mode": "server"}, gpu=True)
+    for key, value in (("use_liger_kernel", "true"), ("report_to", "wandb")):
+        found = cli(f"trainer.{key}={value}")
         assert found.status == 2 and re.match(rf"error: trainer\.{key}: .*not installed; run: pip install", found.err)
         assert not found.runs.exists()
 
@@ -381,7 +383,8 @@ def test_what_is_not_installed_is_refused_before_a_model_loads(cli, monkeypatch)
 @pytest.mark.skipif(
     torch.cuda.is_available() or importlib.util.find_spec("vllm") is not None, reason="this machine has a GPU, or vLLM"
 )
-def test_vllm_on_a_cpu_that_is_not_there_is_refused_with_its_set_up(cli):
-    found = cli("rollout=vllm_colocate")
+@pytest.mark.parametrize("rollout", ["vllm_colocate", "vllm_server"])
+def test_vllm_on_a_cpu_that_is_not_there_is_refused_with_its_set_up(cli, rollout):
+    found = cli(f"rollout={rollout}")
     assert found.status == 2 and re.match(r"error: trainer\.use_vllm: .*scripts/setup_vllm_cpu\.sh", found.err)
     assert found.err.count("\n") == 1 and not found.runs.exists()

@@ -43,7 +43,13 @@ def test_runs_are_compared_on_their_own_data(cli, two_runs):
     assert len(table) == 6 and {"correct@4", "correct@8", "correct@24"} <= set(table.columns)
     assert "4 problems" not in found.out and "brpo" in found.out and "grpo" in found.out
     again = cli.evaluate(folders, *SHORT, "out=both")
-    assert again.status == 2 and "out: both is a file, or holds an evaluation already" in again.err
+    assert again.status == 0 and "finished already: both/metrics.json" in again.out
+    other = cli.evaluate(folders, *SHORT, "eval.seed=5", "out=both")
+    assert (
+        other.status == 2 and "both holds an evaluation already, and another: eval.seed was 1234 and is 5" in other.err
+    )
+    fewer = cli.evaluate(f"runs=[{two_runs}/brpo]", *SHORT, "out=both")
+    assert fewer.status == 2 and "out: both holds an evaluation already, of brpo, grpo" in fewer.err
 
 
 def test_the_evaluation_of_a_run_is_repeated_exactly(cli, two_runs):

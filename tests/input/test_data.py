@@ -310,3 +310,23 @@ def test_several_gold_answers_are_kept_where_a_problem_has_them(tmp_path):
     assert data["answer"][:] == [["1", "2"], ["3"]]
     assert load(path=write(tmp_path / "one.jsonl", rows[1:2]))["answer"][:] == ["3"]
     assert accuracy([r"\boxed{2}", r"\boxed{4}"], data["answer"][:]) == [1.0, 0.0]
+
+
+def test_unreadable_gold_answers_are_kept_where_every_problem_counts(tmp_path, caplog):
+    rows = [
+        *problems(40),
+        {"id": "u", "problem": "Why?", "answer": "???"},
+        {"id": "e", "problem": "Who?", "answer": ""},
+    ]
+    path = write(tmp_path / "kept.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        data = load(path=path, unreadable="keep")
+    assert len(data) == 41 and data[40]["answer"] == "???" and len(load(path=path)) == 40
+    assert "41 problems from 42 of 42 rows; 1 of them with unreadable gold answer, so never right" in caplog.text
+    assert accuracy(["\\boxed{???}"], ["???"]) == [None]
+    assert refused(path=path, unreadable="count").startswith("data.unreadable: there is no 'count'.")
+
+
+def test_too_many_unreadable_gold_answers_are_refused_although_they_would_be_kept(tmp_path):
+    rows = [{"id": f"u{n}", "problem": "Why?", "answer": "???"} for n in range(3)]
+    assert "3 of 3 gold answers" in refused(path=write(tmp_path / "q.jsonl", rows), unreadable="keep")

@@ -273,7 +273,9 @@ class Seeded:
     def __init__(self):
         self.seeds, self.calls = [], []
 
-    def complete(self, contexts, max_new_tokens, stops, seeds):
+    prefilled = None
+
+    def complete(self, contexts, max_new_tokens, stops, seeds, begun=()):
         self.seeds += seeds
         self.calls.append(len(contexts))
         drawn = [random.Random(seed).choices(range(1, 60), k=max_new_tokens) for seed in seeds]
@@ -292,8 +294,7 @@ def test_requests_with_seeds_of_their_own_depend_on_nothing_else(tiny, monkeypat
     assert generator.calls[0] == 14 and len(generator.calls) == 2, "all completions at once, and all forced answers"
     assert len(set(generator.seeds)) == len(generator.seeds), "no two requests share a stream"
     assert not alone.equals(seeded_table(tiny, seed=12)[0])
-    monkeypatch.setattr(evaluation, "CHUNK", chunk)
-    assert alone.equals(Ranks(monkeypatch, ranks)(lambda: seeded_table(tiny, batch_size=2)[0]))
+    assert alone.equals(Ranks(monkeypatch, ranks)(lambda: seeded_table(tiny, batch_size=2, chunk=chunk)[0]))
 
 
 def test_a_part_of_the_problems_is_sampled_as_it_is_among_all(tiny):
@@ -301,9 +302,9 @@ def test_a_part_of_the_problems_is_sampled_as_it_is_among_all(tiny):
 
 
 def test_the_shares_of_processes_are_even():
-    assert evaluation.even_chunk(9000, 1) == 1800 and evaluation.even_chunk(9000, 8) == 1125
-    assert evaluation.even_chunk(40_000, 8) == 1667, "three chunks of 5000 each"
-    assert evaluation.even_chunk(3, 8) == evaluation.even_chunk(0, 8) == 1
+    assert evaluation.even_chunk(9000, 1, 2048) == 1800 and evaluation.even_chunk(9000, 8, 2048) == 1125
+    assert evaluation.even_chunk(40_000, 8, 2048) == 1667, "three chunks of 5000 each"
+    assert evaluation.even_chunk(3, 8, 2048) == evaluation.even_chunk(0, 8, 2048) == 1
 
 
 def test_global_random_states_are_left_alone(tiny):

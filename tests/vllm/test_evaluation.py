@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from rltoken import models, train
 from rltoken.adapters import base_name
 from rltoken.errors import UserError
-from rltoken.evals import generate as evaluation
 from rltoken.evals.engine import engine
 from rltoken.evals.generate import Settings, evaluate
 from rltoken.evals.generators import TransformersGenerator, VllmGenerator, ends_of
@@ -120,6 +119,7 @@ class TestAnEngine:
 
     def test_greedy_tables_are_alike(self, both):
         one, other = (self.table(both, make(0.0), temperature=0.0, samples=1) for make in (both.hf, both.vllm))
+        one = one.drop(columns="prefilled_tokens")
         assert one.columns.tolist() == other.columns.tolist() and one["correct@24"].nunique() == 2
         assert (one != other).any(axis=1).sum() <= SHARE * len(BUDGETS) * len(one)
 
@@ -132,13 +132,25 @@ class TestAnEngine:
             "processes": Ranks(monkeypatch, 2)(lambda: self.table(both, both.vllm(1.0), n=12)),
         }
         monkeypatch.undo()
-        monkeypatch.setattr(evaluation, "CHUNK", 7)
-        again["chunks"] = self.table(both, both.vllm(1.0), n=12)
+        again["chunks"] = self.table(both, both.vllm(1.0), n=12, chunk=7)
         assert all(first.equals(table) for table in again.values()), [
             k for k, t in again.items() if not t.equals(first)
         ]
         other = self.table(both, both.vllm(1.0), n=12, seed=12)
         assert (first["text"] != other["text"]).mean() > 0.5
+
+    def test_the_top_p_tokens_alone_are_sampled(self, both):
+        prompt = prompts_of(both.tokenizer, both.dataset)[0]
+        with torch.no_grad():
+            values, order = both.model(torch.tensor([prompt])).logits[0, -1].softmax(-1).sort(descending=True)
+        below = values.cumsum(0)
+        share = float((below[0] + below[2]) / 2)  # between the first token and the first three
+        kept = set(order[: int((below < share).sum()) + 1].tolist())
+        ends = both.vllm(1.0).ends
+        found = VllmGenerator(both.llm, ends, temperature=1.0, top_p=share).complete([prompt] * 500, 1, (), range(500))
+        assert {ids[0] for ids in found} <= kept and len(kept) < len(values) / 2
+        free = both.vllm(1.0).complete([prompt] * 500, 1, (), range(500))
+        assert not {ids[0] for ids in free} <= kept
 
     def test_a_chunk_asks_twice_and_forced_answers_share_their_thinking(self, both, monkeypatch):
         calls, generate = [], both.llm.generate
@@ -251,7 +263,8 @@ def test_a_run_an_adapter_and_a_model(cli):
     results = json.loads((run.cwd / "again/metrics.json").read_text())
     assert results["settings"]["run"]["sampled_by"] == "vllm_colocate", "as the run was trained"
     assert results["models"]["run"] == report["after"], "merged on disk or in the trainer's engine"
-    assert {path.name for path in (run.cwd / "again").iterdir()} == {"metrics.json", "curves.png", "run.parquet"}
+    written = {"metrics.json", "summary.csv", "curves.png", "run.parquet"}
+    assert {path.name for path in (run.cwd / "again").iterdir()} == written
     base = base_name(run.runs / "run/final")
     found = cli.evaluate(f"models=[runs/run/final,{base}]", "rollout=vllm_colocate", *SHORT, "out=models")
     assert found.status == 0, found.err
@@ -324,3 +337,25 @@ def test_smollm2_answers_greedily_as_with_transformers():
     found = gaps(model, prompts, one, other)
     print(f"{len(found)} of 4 completions part, at gaps of {found}")
     assert sum(map(len, one)) > 200 and len(found) <= 1 and all(gap < 10 * TIE for gap in found)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(cli, cache, monkeypatch):
+    command = (f"models=[{warm_start(steps=60, cache_dir=cache)}]", "rollout=vllm_colocate", *SHORT, "eval.chunk=2")
+    whole = cli.evaluate(*command, "out=whole")
+    assert whole.status == 0, whole.err
+    stock, calls = VllmGenerator.complete, []
+
+    def dying(self, *args):
+        calls.append(args)
+        if len(calls) == 3:  # the second chunk; each has one call for thinking and one for answers
+            raise KeyboardInterrupt
+        return stock(self, *args)
+
+    monkeypatch.setattr(VllmGenerator, "complete", dying)
+    assert cli.evaluate(*command, "out=stopped").status == 130
+    (shards,) = (whole.cwd / "stopped").glob("*.shards")
+    assert len(list(shards.glob("*.parquet"))) == 1
+    assert cli.evaluate(*command, "out=stopped").status == 0
+    assert len(calls) == 3 + 2 * 2, "the two chunks that were missing"
+    for path in (whole.cwd / "whole").iterdir():
+        assert (whole.cwd / "stopped" / path.name).read_bytes() == path.read_bytes(), path.name
