@@ -236,24 +236,15 @@ class ServerGenerator:
         temperature: 0 is greedy.
         top_p: sample from the most probable tokens that hold this share of the probability.
         patience: seconds without any progress after which it is given up.
-        model: the name that it serves the model under; None: whatever it serves.
     """
 
     together = None
     prefilled = None
 
     def __init__(
-        self,
-        url: str,
-        ends: frozenset[int],
-        *,
-        temperature: float,
-        patience: float,
-        top_p: float = 1.0,
-        model: str | None = None,
+        self, url: str, ends: frozenset[int], *, temperature: float, patience: float, top_p: float = 1.0
     ) -> None:
         self._url, self._temperature, self._top_p, self._patience = url, temperature, top_p, patience
-        self._named = {} if model is None else {"model": model}
         self.ends = ends
 
     def complete(
@@ -270,22 +261,16 @@ class ServerGenerator:
             SamplerLost: the server is gone or stands still.
             UserError: it refuses a request, as where a context and its completion are longer than it serves.
         """
-        plain = {
+        common = {
+            "temperature": self._temperature,
             "top_p": self._top_p,
-            "top_k": 0,
+            "top_k": 0,  # these three, or the server would take the model's own defaults
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-        }  # not the model's own defaults
-        common = (
-            self._named
-            | plain
-            | {
-                "temperature": self._temperature,
-                "max_tokens": max_new_tokens,
-                "stop_token_ids": sorted(self.ends.union(stops)),
-                "return_token_ids": True,
-            }
-        )
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": sorted(self.ends.union(stops)),
+            "return_token_ids": True,
+        }
         payloads = [common | {"prompt": list(ids), "seed": seed} for ids, seed in zip(contexts, seeds, strict=True)]
         choices, _ = complete(self._url, payloads, patience=self._patience)
         return [choice["token_ids"] for choice in choices]

@@ -157,7 +157,8 @@ def test_refused_before_anything_is_loaded(overrides, message, tmp_path):
     ],
 )
 def test_allowed(overrides, tmp_path):
-    checked(composed(*overrides), tmp_path)
+    pipeline, args, _ = checked(composed(*overrides), tmp_path)
+    assert pipeline.needs("teacher_logps") == ("+exp=grpo" not in overrides) and args.output_dir == str(tmp_path)
 
 
 def test_a_mistyped_key():

@@ -26,7 +26,7 @@ GOLDEN = {  # of the five tokens, and their mean
 }
 
 
-def close(found, expected, tolerance=1e-6):
+def assert_close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=0, atol=tolerance)
 
 
@@ -40,9 +40,9 @@ def loss_of(stage, logps=LOGPS, teacher=TEACHER, mask=MASK, ratio=None, progress
 def test_the_worked_example(estimator):
     (first, second), mean = GOLDEN[estimator]
     loss, metrics = loss_of(Distillation(beta=1.0, estimator=estimator))
-    close(loss[0], first)
-    close(loss[1], [*second, 0.0])
-    close(loss.sum() / MASK.sum(), mean)
+    assert_close(loss[0], first)
+    assert_close(loss[1], [*second, 0.0])
+    assert_close(loss.sum() / MASK.sum(), mean)
     assert metrics == pytest.approx({"kdrl/beta": 1.0, "kdrl/kept": 1.0, "kdrl/reverse_kl": -0.46})
 
 
@@ -60,7 +60,7 @@ def test_the_worked_example(estimator):
 def test_reward_guided_masks_with_both_normalisers(masking, normaliser, expected):
     """The second response is wrong, and its group has a correct one; the loss is divided by all five tokens."""
     loss, metrics = loss_of(Distillation(beta=1.0, masking=masking, normaliser=normaliser))
-    close(loss.sum() / 5, expected)
+    assert_close(loss.sum() / 5, expected)
     assert metrics["kdrl/kept"] == pytest.approx({"none": 1.0, "response": 0.4, "group": 0.0}[masking])
     assert ("kdrl/reverse_kl" in metrics) == (masking != "group")
 
@@ -77,20 +77,20 @@ def test_the_coefficient_falls_to_its_floor(step, expected):
     settings = {"beta": 0.005, "delta": 5e-5, "beta_min": 0.001}
     assert coefficient(step, **settings) == pytest.approx(expected)
     loss, metrics = loss_of(Distillation(**settings), progress=Progress(step, 280))
-    close(loss[1, 1], 2 * expected)
+    assert_close(loss[1, 1], 2 * expected)
     assert metrics["kdrl/beta"] == pytest.approx(expected)
     nothing = torch.zeros_like(R)
     found = distilled_advantage(nothing, LOGPS, TEACHER, MASK, CORRECT, GROUP, Progress(step, 280), **settings)
-    close(found, (expected * R).tolist())
+    assert_close(found, (expected * R).tolist())
 
 
 def test_the_advantage_gains_the_log_ratio():
     advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]], dtype=torch.float64)
     found = functools.partial(distilled_advantage, advantages, LOGPS, TEACHER, MASK, CORRECT, GROUP, START, beta=0.5)
-    close(found(), [[0.9, 1.3, 1.0], [-1.05, 0.0, -1.0]])
-    close(found(masking="response"), [[1.0, 1.0, 1.0], [-1.05, 0.0, -1.0]])
-    close(found(masking="response", normaliser="kept"), [[1.0, 1.0, 1.0], [-1.125, 1.5, -1.0]])
-    close(found(clip=0.4), [[0.9, 1.2, 1.0], [-1.05, -0.8, -1.0]])
+    assert_close(found(), [[0.9, 1.3, 1.0], [-1.05, 0.0, -1.0]])
+    assert_close(found(masking="response"), [[1.0, 1.0, 1.0], [-1.05, 0.0, -1.0]])
+    assert_close(found(masking="response", normaliser="kept"), [[1.0, 1.0, 1.0], [-1.125, 1.5, -1.0]])
+    assert_close(found(clip=0.4), [[0.9, 1.2, 1.0], [-1.05, -0.8, -1.0]])
 
 
 @pytest.mark.parametrize("unknown", [math.nan, -math.inf])
@@ -99,12 +99,12 @@ def test_tokens_that_the_teacher_does_not_know_are_left_out(unknown):
     teacher[1, 1] = unknown
     logps = LOGPS.clone().requires_grad_()
     loss, metrics = loss_of(Distillation(beta=1.0, normaliser="kept"), logps, teacher)
-    close(loss, [[0.025, 0.225, 0.0], [0.00625, 0.0, 0.0]])
+    assert_close(loss, [[0.025, 0.225, 0.0], [0.00625, 0.0, 0.0]])
     loss.sum().backward()
-    close(logps.grad, [[0.25, -0.75, 0.0], [0.125, 0.0, 0.0]])
+    assert_close(logps.grad, [[0.25, -0.75, 0.0], [0.125, 0.0, 0.0]])
     assert metrics["kdrl/kept"] == pytest.approx(0.8)
     found = distilled_advantage(torch.zeros_like(R), LOGPS, teacher, MASK, CORRECT, GROUP, START, beta=1.0)
-    close(found, [[-0.2, 0.6, 0.0], [-0.1, 0.0, 0.0]])
+    assert_close(found, [[-0.2, 0.6, 0.0], [-0.1, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_beyond_the_clip_the_loss_is_a_straight_line(estimator, far, slopes):
     log_ratio = torch.tensor([-3.0, 3.0], dtype=torch.float64, requires_grad=True)
     value = divergence(log_ratio, estimator, clip=2.0)
     if far:
-        close(value.detach(), far)
+        assert_close(value.detach(), far)
     value.sum().backward()
-    close(log_ratio.grad, slopes)
+    assert_close(log_ratio.grad, slopes)
 
 
 # What each estimator's gradient is, in expectation, by enumeration of a vocabulary of five
