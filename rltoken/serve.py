@@ -25,6 +25,8 @@ EXTENSION = "rltoken.rollout.vllm_worker.Fingerprinted"
 
 def main() -> None:
     """The entry point."""
+    if not {"--multirun", "-m"}.isdisjoint(sys.argv[1:]):
+        cli.fail(UserError("--multirun: a server serves one model; start one for each, on ports of their own."))
     cli.main(_job, "config", config.TOP_LEVEL, "interrupted; no server was started", about=f"{__doc__}\n")
 
 

@@ -97,6 +97,13 @@ def test_the_command_of_vllm_is_printed_and_run(cli, monkeypatch, configured, ca
     assert "vllm.entrypoints.openai.api_server --model=" in capfd.readouterr().err
 
 
+def test_a_sweep_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rltoken.serve", "rollout=vllm_server", "seed=0,1", "--multirun"])
+    with pytest.raises(SystemExit) as left:
+        serve.main()
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: --multirun: a server serves one model")
+
+
 def test_help_says_what_it_does(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rltoken.serve", "--help"])
     with pytest.raises(SystemExit) as left:
