@@ -122,7 +122,7 @@ def test_an_evaluation_through_a_server_gives_what_transformers_gives(make, serv
     trainer = make(server=server, max_steps=2)
     trainer.train()
     prompts = trainer.tokenize([trainer.train_dataset[i] for i in range(16)])
-    with generating(trainer, SimpleNamespace(temperature=0.0, batch_size=16)) as theirs:
+    with generating(trainer, SimpleNamespace(temperature=0.0, top_p=1.0, batch_size=16)) as theirs:
         assert isinstance(theirs, ServerGenerator)
         ours = TransformersGenerator(trainer.model, trainer.processing_class, temperature=0.0, batch_size=16)
         assert theirs.ends == ours.ends
@@ -173,7 +173,11 @@ def run(cwd, cache, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("number", "save_steps"), [(signal.SIGKILL, 100), (signal.SIGSTOP, 1)], ids=["killed", "stalled"]
+    ("number", "save_steps"),
+    [
+        pytest.param(signal.SIGKILL, 100, id="killed"),
+        pytest.param(signal.SIGSTOP, 1, id="stalled", marks=pytest.mark.slow),
+    ],
 )
 def test_a_server_lost_in_the_middle_of_a_window(cache, tmp_path, number, save_steps):
     """The stage of tests/vllm/killing.py loses it in the third window, between thinking and more tokens."""
