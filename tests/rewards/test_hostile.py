@@ -27,18 +27,16 @@ def test_there_are_enough_of_them():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_grading_ends_in_a_counted_outcome_and_the_neighbours_keep_theirs(name):
-    took = []
-    while len(took) < 3 and min(took, default=SECONDS + 1) >= SECONDS + 1:  # a busy machine is no fault of the grader
-        logged = {}
-        completions = [BEFORE, HOSTILE[name] + " " * len(took), AFTER]  # the spaces make it one that is not known yet
-        started = time.monotonic()
-        rewards = accuracy(completions, ["42"] * 3, workers=2, seconds=SECONDS, log_extra=logged.__setitem__)
-        took.append(time.monotonic() - started)
-        before, hostile, after = logged["outcome"]
-        assert (before, after) == (Outcome.CORRECT, Outcome.WRONG)
-        assert hostile in list(Outcome)
-        assert rewards == [1.0, float(name in RIGHT), 0.0]
-    assert min(took) < SECONDS + 1
+    logged = {}
+    completions = [BEFORE, HOSTILE[name], AFTER]
+    started = time.monotonic()
+    rewards = accuracy(completions, ["42"] * 3, workers=2, seconds=SECONDS, log_extra=logged.__setitem__)
+    took = time.monotonic() - started
+    before, hostile, after = logged["outcome"]
+    assert (before, after) == (Outcome.CORRECT, Outcome.WRONG)
+    assert hostile in list(Outcome)
+    assert rewards == [1.0, float(name in RIGHT), 0.0]
+    assert took < SECONDS + 1
 
 
 @pytest.mark.parametrize("name", ["expanded_binomial", "integral", "tower", "nan", "surrogates", "lone_surrogate"])
