@@ -91,6 +91,7 @@ class RolloutSchema:
     max_answer_tokens: int = 128
     batch_rows: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
     pack_tokens: Any = "auto"
+    packing: str = "auto"
     normaliser: str = "thinking"
     max_logp_difference: Any = "auto"
     patience: float = 300.0
@@ -343,6 +344,7 @@ def check_values(cfg: DictConfig) -> None:
         if value not in (None, "auto") and value < smallest:
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
     choices_of = {
+        "rollout.packing": ("auto", "rows", "tree"),
         "rollout.normaliser": ("thinking", "all"),
         "reward.on_error": ("stop", "crash"),
     }

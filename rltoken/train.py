@@ -234,6 +234,7 @@ def assemble(
         appended_id=parts.appended(cfg.model, tokenizer),
         pack_tokens=cfg.rollout.pack_tokens,
         batch_rows=cfg.rollout.batch_rows,
+        packing=cfg.rollout.packing,
         normaliser=cfg.rollout.normaliser,
         max_logp_difference=cfg.rollout.max_logp_difference,
         patience=cfg.rollout.patience,

@@ -10,8 +10,11 @@ It holds no algorithm: methods live in `rltoken.methods`, what stages see in `rl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +25,15 @@ from torch import Tensor, nn
 from rltoken.errors import UserError, first_line
 from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit, look
 from rltoken.rng import forked_rng
-from rltoken.rollout import agreement, packs
+from rltoken.rollout import agreement, packs, tree
 from rltoken.rollout.logits import Change
 from rltoken.rollout.sampler import NO_CLASSES, PromptStream, TrainerSampler, weighted_sum
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.teachers import SIGNAL, Teacher, refuse_missing
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
 from rltoken.types import LIVE, PADDING, PUBLISHED, THINKING, LastWindow, Progress, Rollout, Row, Template
+
+logger = logging.getLogger(__name__)
 
 NO_TEMPLATE = Template(think_end_id=None, cut=())
 FORWARD = ("mask", "ids", "old_logps", "progress", "head")
@@ -48,6 +53,8 @@ class TokenGRPOTrainer(SeamTrainer):
             'auto' is that, but per_device_train_batch_size x max_completion_length where there are rows stages, whose
             rows would make TRL's micro-batches many times larger.
         batch_rows: how many answers transformers samples at once where they are forced; None: all of them.
+        packing: 'rows'; 'tree' to encode what rows of a family share once (`rltoken.rollout.tree`); 'auto' is 'tree'
+            where there are rows stages and the model can.
         normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
             only) or 'all'.
         max_logp_difference: what vLLM's log-probabilities may differ by from the trainer's, in the mean of a window's
@@ -71,6 +78,7 @@ class TokenGRPOTrainer(SeamTrainer):
         appended_id: int | None = None,
         pack_tokens: int | str | None = None,
         batch_rows: int | None = None,
+        packing: str = "auto",
         normaliser: str = "thinking",
         max_logp_difference: float | str | None = "auto",
         patience: float = SeamTrainer.patience,
@@ -96,6 +104,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._function_names = list(self.reward_func_names)
         self.pipeline.check(self.args)
         self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
+        self.packing = self._packing(packing)
         self._check()
         self._most_difference = agreement.limit_of(max_logp_difference, self.compute_dtype)
         self.sampler = TrainerSampler(
@@ -148,21 +157,29 @@ class TokenGRPOTrainer(SeamTrainer):
                 self._thinking_ends = (self.template.think_end_id,) if ends_thinking else ()
             else:
                 inputs = self.prompted(inputs)
-            with self.recording(self._old_parts()):
+            rows = rollout.rows if rollout else None
+            with self._by_family(rows), self.recording(self._old_parts()):
                 window = self.stock_window(inputs, rollout and replay_of(rollout, self._thinking_ends))
         if self.use_vllm and self.vllm_importance_sampling_correction:
             self._check_sampler(window)
-        rows = rollout.rows if rollout else originals_as_rows(self.sampled_ids)
+        rows = rows or originals_as_rows(self.sampled_ids)
         self._log_rollout(rows, len(inputs), rollout.metrics if rollout else {})
         if len(rows) > len(inputs):
             self._spread_over_added_rows(window, rows, len(inputs))
         slots = ("credits", "marks", "bounds", "weights", "ratios", "aux")
         if self.pipeline.stages(*slots) or self.pipeline.observers:
             local = self._local_signals(window, inputs, rows)
-            self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
-            self._carry(window, local, added=len(rows) > len(inputs))
+            with self._by_family(rows):
+                self._credit_stages(window, local, gathered(local, self.accelerator, gather_list))
+                self._carry(window, local, added=len(rows) > len(inputs))
         self.forget_old_pass()
         return window
+
+    def _by_family(self, rows: Sequence[Row] | None) -> contextlib.AbstractContextManager[None]:
+        """Forwards of a window's rows go by family inside the context, if there are families and packing is 'tree'."""
+        if self.packing == "rows" or not rows or all(row.kind == THINKING for row in rows):
+            return contextlib.nullcontext()
+        return self.families(torch.tensor([row.parent for row in rows], device=self.accelerator.device))
 
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
         """Run the shape stages on the gathered rewards of a graded rollout."""
@@ -249,11 +266,21 @@ class TokenGRPOTrainer(SeamTrainer):
                 "answer; leave out the control stage that sets stop_at_think_end."
             )
         self._refuse_unpublished(rollout.signals)
-        # TRL's split drops a remainder silently, and ranks must hold equally many rows
-        steps = self.args.steps_per_generation
-        wanted = -(-self.sampler.most(len(rollout.rows)) // steps) * steps
-        filler = Row(rollout.rows[0].prompt_ids, [self.eos_token_ids[0]], [0], [0.0], PADDING, parent=0)
-        return dataclasses.replace(rollout, rows=rollout.rows + [filler] * (wanted - len(rollout.rows)))
+        return dataclasses.replace(rollout, rows=self._in_families(rollout.rows, len(inputs)))
+
+    def _in_families(self, rows: Sequence[Row], originals: int) -> list[Row]:
+        """The thinking rows, then those grown from the first, from the second ...: equally many for each, on all ranks.
+
+        Where one has fewer, rows of one masked token take the places.
+        """
+        grown: list[list[Row]] = [[] for _ in range(originals)]
+        for row in rows[originals:]:
+            grown[row.parent].append(row)
+        most = self.sampler.most(max(map(len, grown)))
+        padding = Row(rows[0].prompt_ids[-1:], [self.eos_token_ids[0]], [0], [0.0], PADDING)
+        for parent, family in enumerate(grown):
+            family.extend([dataclasses.replace(padding, parent=parent)] * (most - len(family)))
+        return [*rows[:originals], *itertools.chain.from_iterable(grown)]
 
     def _log_rollout(self, rows: Sequence[Row], originals: int, metrics: Mapping[str, float]) -> None:
         thinking = [thinking_length(row.completion_ids, self.template.think_end_id) for row in rows[:originals]]
@@ -573,31 +600,44 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch; with `pack_tokens`, of its last pack, the others having had their backward."""
+        inputs, width = packs.unfold(inputs)
+        family = torch.arange(len(inputs["completion_ids"]), device=self.accelerator.device) // width
+        if self.packing == "rows" or width == 1:
+            family = None
         if self.pack_tokens is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        *first, last = self._packs(inputs)
+            with self.families(family):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        *first, last = self._packs(inputs, 1 if family is None else width)
         total = 0.0
-        for pack in first:
+        for rows in first:
             with self.accelerator.no_sync(model):
-                loss = self._pack_loss(model, pack, inputs)
+                loss = self._pack_loss(model, rows, inputs, family)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
-        return self._pack_loss(model, last, inputs) + total
+        return self._pack_loss(model, last, inputs, family) + total
 
-    def _packs(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The micro-batch in packs: equally many, with equally many rows, on every rank."""
-        lengths = torch.stack(packs.row_lengths(inputs), 1)
+    def _packs(self, inputs: dict[str, Any], width: int) -> list[Tensor]:
+        """The rows of each pack, equally many on every rank; each `width` rows in succession stay together."""
+        prompts, completions = packs.row_lengths(inputs)
+        lengths = torch.stack([prompts, completions], 1)
+        if width > 1:
+            sizes = tree.sizes(inputs["completion_ids"], inputs["completion_mask"], width)
+            lengths = torch.cat([prompts[::width].unsqueeze(1) + sizes[:, :1], sizes[:, 1:]], 1)
         order = lengths.sum(1).sort(descending=True, stable=True).indices
         longest = self.accelerator.gather(lengths[order]).view(-1, *lengths.shape).amax(0)
-        cuts = packs.boundaries(*longest.T.tolist(), self.pack_tokens)
-        return [packs.take(inputs, order[start:end]) for start, end in cuts]
+        within = torch.arange(width, device=order.device)
+        return [
+            (order[start:end].unsqueeze(1) * width + within).flatten()
+            for start, end in packs.boundaries(*longest.T.tolist(), self.pack_tokens)
+        ]
 
-    def _pack_loss(self, model: nn.Module, pack: dict[str, Any], whole: dict[str, Any]) -> Tensor:
-        rows = pack["completion_ids"].size(0) / whole["completion_ids"].size(0)
+    def _pack_loss(self, model: nn.Module, rows: Tensor, whole: dict[str, Any], family: Tensor | None) -> Tensor:
+        pack = packs.take(whole, rows)
         share = packs.share(self.loss_type, pack, whole)
-        self._pack_shares = (rows, share)
+        self._pack_shares = (len(rows) / whole["completion_ids"].size(0), share)
         try:
-            return super().compute_loss(model, pack) * share
+            with self.families(None if family is None else family[rows]):
+                return super().compute_loss(model, pack) * share
         finally:
             self._pack_shares = (1.0, 1.0)
 
@@ -626,6 +666,23 @@ class TokenGRPOTrainer(SeamTrainer):
         self.epsilon_low, self.epsilon_high = state["clip"]
         self._windows = state["windows"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
+
+    def _packing(self, packing: str) -> str:
+        """How rows are encoded: 'rows' or 'tree'.
+
+        Raises:
+            UserError: an unknown word, or 'tree' for a model that cannot.
+        """
+        if packing not in ("auto", "rows", "tree"):
+            raise UserError(f"rollout.packing: '{packing}' is unknown; use 'auto', 'rows' or 'tree'.")
+        if packing == "rows" or not self.pipeline["rows"]:
+            return "rows"
+        reason = self.encode_families_once()
+        if reason and packing == "tree":
+            raise UserError(f"rollout.packing: the model cannot encode packed rows: {reason}; set it to rows.")
+        if reason:
+            logger.info("Each added row is encoded whole: %s.", reason)
+        return "rows" if reason else "tree"
 
     def _auto_pack_tokens(self) -> int | None:
         if not self.pipeline["rows"] or self.is_deepspeed_enabled:

@@ -29,7 +29,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rltoken.errors import UserError
-from rltoken.rollout import logits
+from rltoken.rollout import logits, packs, tree
 from rltoken.rollout.forced import until_end
 from rltoken.rollout.shared_prefix import generate
 from rltoken.teachers import Server, Teacher
@@ -100,6 +100,7 @@ class SeamTrainer(VLLMTrainer):
         self._record: frozenset[str] | None = None
         self._recorded: OldPass | None = None
         self._reference: nn.Module | None = None
+        self._family: Tensor | None = None
         self.sampled_ids: list[list[int]] = []
         model = args[0] if args else kwargs["model"]
         if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
@@ -107,6 +108,19 @@ class SeamTrainer(VLLMTrainer):
         super().__init__(*args, **kwargs)
         if self.teacher is not None:
             self.teacher = dataclasses.replace(self.teacher, model=self._made_ready(self.teacher.model))
+
+    def encode_families_once(self) -> str | None:
+        """Let forwards encode what rows of a family share once; why the model cannot, or None.
+
+        A teacher or reference that cannot sees plain rows.
+        """
+        models = [self.model, self.ref_model, *self.frozen_models]
+        trained, *others = [causal_of(self.accelerator.unwrap_model(model)) for model in models if model is not None]
+        reason = tree.obstacle(trained)
+        for model in [] if reason else [trained, *others]:
+            if tree.obstacle(model) is None:
+                tree.use(model)
+        return reason
 
     # What a subclass overrides
 
@@ -343,6 +357,18 @@ class SeamTrainer(VLLMTrainer):
         )
 
     @contextlib.contextmanager
+    def families(self, family: Tensor | None) -> Iterator[None]:
+        """Rows of the forwards inside the context belong to these families [B], the first row of one being its trunk.
+
+        Models for which `encode_families_once` has found no reason against it encode them as packed rows.
+        """
+        before, self._family = self._family, family
+        try:
+            yield
+        finally:
+            self._family = before
+
+    @contextlib.contextmanager
     def recording(self, what: frozenset[str]) -> Iterator[None]:
         """Keep what TRL's own old-log-prob pass computes inside the context ('entropy', 'hidden', 'appended')."""
         self._record = what if what and self.makes_old_logps else None
@@ -478,7 +504,9 @@ class SeamTrainer(VLLMTrainer):
 
     def _generate_and_score_completions(self, inputs):
         if self.model.training:
-            return self.make_window(inputs)
+            window = self.make_window(inputs)
+            # TRL shuffles and splits entries: a family is one of them
+            return packs.fold(window, len(inputs)) if len(window["completion_ids"]) > len(inputs) else window
         batch = super()._generate_and_score_completions(inputs)
         if SHAPED in self._logs["rewards"]:  # nothing is shaped in evaluation, but the table's columns must keep step
             self._logs["rewards"][SHAPED].extend([float("nan")] * len(inputs) * self.accelerator.num_processes)
@@ -536,7 +564,7 @@ class SeamTrainer(VLLMTrainer):
             what, self._record = self._record, None
             self._recorded = self._old_forward(model, *args, what=what, **kwargs)
             return self._recorded.logps, self._recorded.entropy, None
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        return self._per_token(model, *args, **kwargs)[0]
 
     # Helpers
 
@@ -564,13 +592,12 @@ class SeamTrainer(VLLMTrainer):
             input_ids = pad(input_ids, (0, 1)).scatter(1, place, self.appended_id)
             attention_mask = pad(attention_mask, (0, 1)).scatter(1, place, 1)
             logits_to_keep += 1
-        with self._capture(model, "hidden" in what) as captured:
-            logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, **kwargs
-            )
+        (logps, entropy, aux_loss), hidden = self._per_token(
+            model, input_ids, attention_mask, logits_to_keep, hidden="hidden" in what, **kwargs
+        )
         found = {}
-        if "hidden" in what:
-            found["hidden"] = _producing(captured, logits_to_keep)[:, :columns]
+        if hidden is not None:
+            found["hidden"] = hidden[:, :columns]
         if "appended" in what:
             found["appended"] = logps.gather(1, lengths).squeeze(1)
             padding = completion == 0  # TRL gives 0 there, and in the column of the appended token too
@@ -578,8 +605,54 @@ class SeamTrainer(VLLMTrainer):
             entropy = None if entropy is None else entropy[:, :columns].masked_fill(padding, 0.0)
         return (logps, entropy, aux_loss), found
 
+    def _per_token(self, model, input_ids, attention_mask, logits_to_keep, *, hidden=False, **kwargs):
+        """TRL's forward of rows, packed by family where there are any, and the hidden state behind each token."""
+        packed = self._family is not None and tree.used_by(causal_of(self.accelerator.unwrap_model(model)))
+        with self._capture(model, hidden) as captured:
+            if packed:
+                values, states = self._packed_forward(
+                    model, input_ids, attention_mask, logits_to_keep, captured, **kwargs
+                )
+            else:
+                values = super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, **kwargs
+                )
+                states = _producing(captured, logits_to_keep) if captured else None
+        return values, states
+
+    def _packed_forward(
+        self, model, input_ids, attention_mask, logits_to_keep, captured, *, batch_size=None, compute_entropy=False, **_
+    ):
+        """The forward of packed rows, `batch_size` families at once; logps and entropies are 0 on padding, as TRL's."""
+        parts: list[tuple[Tensor, ...]] = []
+        chosen = []
+        for family in self._family.unique().split(batch_size or len(input_ids)):
+            rows = torch.isin(self._family, family).nonzero().squeeze(1)
+            ids, attention = input_ids[rows], attention_mask[rows]
+            packed = tree.plant(ids, attention, logits_to_keep, self._family[rows], self.compute_dtype)
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=packed.ids,
+                    attention_mask=packed.mask,
+                    position_ids=packed.positions,
+                    shift_labels=packed.labels,
+                    fused_lm_head=True,
+                )
+            asked = [outputs.log_probs] + ([outputs.entropy] if compute_entropy else [])
+            padding = attention[:, -logits_to_keep:] == 0
+            parts.append(
+                tuple(packed.rows_of(value).masked_fill(padding, 0.0) for value in asked)
+                + tuple(packed.rows_of(states) for states in captured)
+            )
+            captured.clear()
+            chosen.append(rows)
+        back = torch.cat(chosen).argsort()
+        logps, *others = (torch.cat(values)[back] for values in zip(*parts, strict=True))
+        entropy = others.pop(0) if compute_entropy else None
+        return (logps, entropy, None), (others[0] if others else None)
+
     def _plain_pass(self, model: nn.Module, window: dict[str, Any], with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        logps, entropy, _ = super()._get_per_token_logps_and_entropies(
+        (logps, entropy, _), _ = self._per_token(
             model,
             *_scored(window),
             compute_entropy=with_entropy,
@@ -623,8 +696,7 @@ class SeamTrainer(VLLMTrainer):
         if not wanted:
             yield captured
             return
-        unwrapped = self.accelerator.unwrap_model(model)
-        causal = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        causal = causal_of(self.accelerator.unwrap_model(model))
         handle = causal.base_model.register_forward_hook(
             lambda module, args, output: captured.append(output.last_hidden_state)
         )
@@ -632,6 +704,11 @@ class SeamTrainer(VLLMTrainer):
             yield captured
         finally:
             handle.remove()
+
+
+def causal_of(model: nn.Module) -> nn.Module:
+    """The causal language model in or below an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def keep_reference(model: PeftModel) -> None:

@@ -129,6 +129,7 @@ def make(cls, cfg, folder, output_dir, callback):
         "template": parts.template(cfg.model, tokenizer),
         "pack_tokens": cfg.rollout.pack_tokens,
         "batch_rows": cfg.rollout.batch_rows,
+        "packing": cfg.rollout.packing,
         "normaliser": cfg.rollout.normaliser,
         "classes": classes,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Micro-batches that hold a set number of tokens: rows sorted by length, packed and trimmed."""
+"""Micro-batches of whole families (a thinking row and the rows grown from it), cut into packs of a number of tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,50 @@ import torch
 from torch import Tensor
 
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
+
+
+def fold(window: dict[str, Any], originals: int) -> dict[str, Any]:
+    """The window with one entry per family, so that TRL, which shuffles and splits entries, never parts a family.
+
+    Args:
+        window: entries of B = originals x width rows: the thinking rows, then those of the first one, of the second ...
+        originals: how many thinking rows there are.
+
+    Returns:
+        [originals, width, ...] of each tensor of B rows, lists of lists; what is not of B rows as it is.
+    """
+    rows = window["completion_ids"].size(0)
+    width = rows // originals
+    order = torch.arange(originals, rows).view(originals, width - 1)
+    order = torch.cat([torch.arange(originals).unsqueeze(1), order], 1)
+
+    def folded(value: Any) -> Any:
+        """One entry of the window by families."""
+        if isinstance(value, list) and len(value) == rows:
+            return [[value[i] for i in family] for family in order.tolist()]
+        return value[order.to(value.device)] if is_of_rows(value, rows) else value
+
+    return {name: folded(value) for name, value in window.items()}
+
+
+def unfold(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A micro-batch by rows, families in succession, each with its thinking row first; and the rows of a family."""
+    if inputs["completion_ids"].dim() == 2:
+        return inputs, 1
+    families, width = inputs["completion_ids"].shape[:2]
+
+    def unfolded(value: Any) -> Any:
+        """One entry by rows."""
+        if isinstance(value, list) and len(value) == families:
+            return [row for family in value for row in family]
+        return value.flatten(0, 1) if is_of_rows(value, families) else value
+
+    return {name: unfolded(value) for name, value in inputs.items()}, width
+
+
+def is_of_rows(value: Any, rows: int) -> bool:
+    """Whether an entry of a window or micro-batch is a tensor with one part for each of so many rows."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.size(0) == rows
 
 
 def row_lengths(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -47,7 +91,7 @@ def take(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         """The rows of one entry, without its padding columns."""
         if isinstance(value, list):
             return [value[i] for i in rows.tolist()]
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != size:
+        if not is_of_rows(value, size):
             return value
         value = value[rows]
         if name in LEFT_PADDED:

@@ -17,7 +17,7 @@ from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import World
 from rltoken.trainer import TokenGRPOTrainer
 
-OPTIONS = ("pack_tokens", "normaliser", "on_change", "classes", "appended_id", "teacher")
+OPTIONS = ("pack_tokens", "packing", "normaliser", "on_change", "classes", "appended_id", "teacher")
 """What `run` hands to TokenGRPOTrainer itself."""
 WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
@@ -79,7 +79,8 @@ class Run:
 def run(tiny, tmp_path):
     """run(stages=None | {slot: {name: stage}}, lora=False, adapter=None, **GRPOConfig changes) -> Run.
 
-    Without stages plain GRPOTrainer trains; `adapter` is the folder of one to train further.
+    Without stages plain GRPOTrainer trains; `adapter` is the folder of one to train further, `model` another
+    than the tiny one.
     """
     folder, tokenizer, dataset = tiny
     count = iter(range(100))
@@ -89,9 +90,10 @@ def run(tiny, tmp_path):
         if stages is not None:
             options |= {"pipeline": build(stages), "template": encode_template(tokenizer, think_end="</think>")}
         cls = GRPOTrainer if stages is None else functools.partial(TokenGRPOTrainer, **options)
+        source = changes.pop("model", folder)
         eval_dataset, problems = changes.pop("eval_dataset", None), changes.pop("train_dataset", dataset)
         output_dir = changes.pop("output_dir", tmp_path / f"run{next(count)}")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         trainer = cls(
             model=attached(model, adapter, folder, trainable=True) if adapter else model,
             reward_funcs=reward,

@@ -1,0 +1,193 @@
+"""One forward for rows that begin alike: a packed row [trunk | branch | branch | ...] per family.
+
+A family is a thinking row and the rows that were grown from it. Its trunk is the thinking row, prompt included; each
+other row is a branch: what it has after its longest common beginning with the trunk, with the last shared token once
+more in front, which predicts the first token of its own. A branch attends to the trunk before that token and to itself,
+at the positions of its row. So each token that rows share is encoded once, and log-probabilities, entropies, hidden
+states and gradients are those of the rows, to rounding.
+
+Attention is split in two, so that no [L, L] mask is made: the trunk is causal without a mask, padded at the right; the
+M branch tokens of a packed row of L attend by one additive mask [M, L]. That mask travels as the 4-D `attention_mask`
+that transformers hands through as it is; an attention function of this module knows it by its height below that of the
+queries, and is sdpa's for everything else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "rltoken_tree"
+"""The name under which transformers finds the attention function of this module."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """R packed rows of L = N + M tokens: N of the longest trunk, M of the most branch tokens of a family.
+
+    `ids` and `positions` are [R, L]; `labels` [R, L] is the token that each place predicts, -100 where none is asked
+    for; `mask` [R, 1, M, L] is additive; `places` [B, T] is where, in the flattened [R * L], the token is predicted
+    that a row has in a completion column (0 on padding).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    mask: Tensor
+    places: Tensor
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """[B, T, ...] what a forward gave, [R, L, ...], at the completion tokens of each row."""
+        return values.flatten(0, 1)[self.places]
+
+
+def plant(ids: Tensor, attention: Tensor, completion_columns: int, family: Tensor, dtype: torch.dtype) -> Tree:
+    """Pack rows by family.
+
+    Args:
+        ids, attention: [B, P + T] token ids and mask, prompts padded at the left, completions at the right.
+        completion_columns: T.
+        family: [B] number of each row's family; its first row is the trunk.
+        dtype: of the additive mask, that of the model's activations.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    columns = torch.arange(ids.size(1), device=ids.device)
+    lengths, prompts = attention.sum(1), attention[:, :-completion_columns].sum(1)
+    padded = ids.size(1) - completion_columns - prompts
+    tokens = ids.gather(1, (padded.unsqueeze(1) + columns).clamp(max=ids.size(1) - 1))
+
+    number, trunks, trunk_of = _trunks(family, rows)
+    own = columns < lengths.unsqueeze(1)
+    common = ((tokens == tokens[trunk_of]) & own & own[trunk_of]).long().cumprod(1).sum(1)
+    is_trunk = trunk_of == rows
+    fork = common.clamp(min=1) - 1
+    sizes = torch.where(is_trunk, 0, lengths - fork)
+    starts, most = _starts(sizes, number, len(trunks))
+
+    trunk_columns = int(lengths[trunks].max())
+    row = rows.repeat_interleave(sizes)
+    step = torch.arange(len(row), device=ids.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    place = number[row], starts[row] + step
+    branch = ids.new_zeros(len(trunks), most), ids.new_zeros(len(trunks), most), ids.new_zeros(len(trunks), most)
+    owner = ids.new_full((len(trunks), most), -1).index_put(place, row)
+    made, positions, reach = (
+        base.index_put(place, value)
+        for base, value in zip(branch, (tokens[row, fork[row] + step], fork[row] + step, fork[row]), strict=True)
+    )
+    packed = torch.cat([tokens[trunks, :trunk_columns], made], 1)
+
+    before = prompts.unsqueeze(1) + columns[:completion_columns] - 1
+    on_branch = ~is_trunk.unsqueeze(1) & (before >= fork.unsqueeze(1))
+    column = torch.where(on_branch, trunk_columns + (starts - fork).unsqueeze(1) + before, before)
+    kept = attention[:, -completion_columns:] > 0
+    places = (number.unsqueeze(1) * packed.size(1) + column).masked_fill(~kept, 0)
+    labels = torch.full_like(packed, -100).flatten()
+    labels[places[kept]] = ids[:, -completion_columns:][kept]
+    return Tree(
+        ids=packed,
+        positions=torch.cat([columns[:trunk_columns].expand(len(trunks), -1), positions], 1),
+        labels=labels.view_as(packed),
+        mask=_mask(owner, positions, reach, trunk_columns, dtype),
+        places=places,
+    )
+
+
+def sizes(ids: Tensor, mask: Tensor, width: int) -> Tensor:
+    """[F, 2] tokens of the trunk's completion and of all branches of each family, as `plant` packs them.
+
+    Args:
+        ids, mask: [F * width, T] completion ids and mask, families in succession, each with its trunk first.
+        width: rows of a family, which have one prompt.
+    """
+    ids, own = ids.view(-1, width, ids.size(1)), mask.view(-1, width, mask.size(1)) > 0
+    common = ((ids == ids[:, :1]) & own & own[:, :1]).long().cumprod(2).sum(2)
+    lengths = own.sum(2)
+    return torch.stack([lengths[:, 0], (lengths - common + 1)[:, 1:].sum(1)], 1)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention of a packed row by its mask [R, 1, M, L] with M < L; of anything else, transformers' sdpa.
+
+    `query` is [R, heads, L, D], `key` and `value` have their own number of heads; the result is [R, L, heads, D].
+    """
+    if attention_mask is None or attention_mask.size(-2) >= query.size(2):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    trunk = query.size(2) - attention_mask.size(2)
+    settings.pop("is_causal", None)
+    of_trunk, _ = sdpa_attention_forward(
+        module, query[:, :, :trunk], key[:, :, :trunk], value[:, :, :trunk], None, is_causal=True, **settings
+    )
+    if trunk == query.size(2):
+        return of_trunk, None
+    mask = attention_mask.to(query.dtype)
+    of_branches, _ = sdpa_attention_forward(module, query[:, :, trunk:], key, value, mask, **settings)
+    return torch.cat([of_trunk, of_branches], 1), None
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why the model cannot encode packed rows, or None where it can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return f"its attention is {config._attn_implementation}, and packed rows need sdpa"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if other:
+        return f"it has layers of {' and '.join(other)}, whose window or state a packed row would cross"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its layers see a sliding window, which a packed row would cross"
+    if not model._supports_attention_backend or "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its attention function or its positions cannot be set"
+    return None
+
+
+def use(model: PreTrainedModel) -> None:
+    """Let the model encode packed rows; plain ones go the way they went."""
+    model.set_attn_implementation(ATTENTION)
+
+
+def used_by(model: PreTrainedModel) -> bool:
+    """Whether `use` was called on the model, or it was made with that attention."""
+    return model.config.get_text_config()._attn_implementation == ATTENTION
+
+
+def _trunks(family: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B] number of each row's family from 0, [R] trunk row of each family, [B] trunk row of each row's family."""
+    names, number = family.unique(return_inverse=True)
+    trunks = rows.new_full((len(names),), len(rows)).scatter_reduce(0, number, rows, "amin")
+    return number, trunks, trunks[number]
+
+
+def _starts(sizes: Tensor, number: Tensor, families: int) -> tuple[Tensor, int]:
+    """[B] the first branch column of each row, rows of a family in succession, and the most columns of a family."""
+    order = number.argsort(stable=True)
+    totals = sizes.new_zeros(families).scatter_add(0, number, sizes)
+    starts = torch.empty_like(sizes)
+    starts[order] = sizes[order].cumsum(0) - sizes[order]
+    return starts - (totals.cumsum(0) - totals)[number], int(totals.max())
+
+
+def _mask(owner: Tensor, positions: Tensor, reach: Tensor, trunk_columns: int, dtype: torch.dtype) -> Tensor:
+    """[R, 1, M, N + M] additive mask: 0 where a branch token attends, the smallest number elsewhere.
+
+    Padding attends to padding, so that no line is empty: a softmax over nothing is NaN, and its gradient too.
+    """
+    of_trunk = torch.arange(trunk_columns, device=reach.device) < reach.unsqueeze(2)
+    of_branch = (owner.unsqueeze(2) == owner.unsqueeze(1)) & (positions.unsqueeze(1) <= positions.unsqueeze(2))
+    seen = torch.cat([of_trunk, of_branch], 2)
+    return (
+        torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        .masked_fill_(~seen, torch.finfo(dtype).min)
+        .unsqueeze(1)
+    )
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

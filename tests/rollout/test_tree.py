@@ -1,0 +1,262 @@
+"""Packed rows: every number and gradient is that of plain rows, and the controls that must fail do."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from trl.trainer.utils import add_fused_lm_head
+
+from rltoken.rollout import packs, tree
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,  # large enough for a wrong position to show
+}
+FAMILIES = {
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "smollm2": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_theta=100000),
+}
+PROMPT, COMPLETION = 6, 24
+
+
+def model_of(kind, dtype=torch.float32, *, lora=False, checkpointing=False):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[kind](), attn_implementation="sdpa", dtype=dtype)
+    add_fused_lm_head(model, 0.8, outputs=("log_probs", "entropy"))
+    tree.use(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).to(dtype)
+    return model.train()
+
+
+def tokens(generator, n):
+    return torch.randint(1, VOCABULARY, (n,), generator=generator).tolist()
+
+
+def batch(families):
+    """[B, P + T] ids and mask and [B] family of (prompt, completion) rows by family, trunks first as in a window."""
+    rows = [(0, rows[0], number) for number, rows in enumerate(families)]
+    rows += [(1, row, number) for number, rows in enumerate(families) for row in rows[1:]]
+    ids = torch.zeros(len(rows), PROMPT + COMPLETION, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (_, (prompt, completion), _) in enumerate(rows):
+        for start, part in ((PROMPT - len(prompt), prompt), (PROMPT, completion)):
+            ids[i, start : start + len(part)] = torch.tensor(part)
+            mask[i, start : start + len(part)] = 1
+    return ids, mask, torch.tensor([number for _, _, number in rows])
+
+
+def sampled(cuts, *, thinking=(14, 3, 17), seed=0, answers=2):
+    """Families whose branches leave the trunk after each of `cuts` tokens, with answers of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    families = []
+    for number, length in enumerate(thinking):
+        prompt, trunk = tokens(generator, 2 + 2 * (number % 3)), tokens(generator, length)
+        branches = [
+            (prompt, trunk[:cut] + tokens(generator, 1 + (cut + answer) % 5))
+            for cut in cuts
+            for answer in range(answers)
+        ]
+        families.append([(prompt, trunk), *branches])
+    return families
+
+
+def scores(model, ids, mask):
+    """(log-probs, entropies), each [B, T], of plain rows."""
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :PROMPT] = -100
+    found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    return found.log_probs[:, -COMPLETION:], found.entropy[:, -COMPLETION:]
+
+
+def packed_scores(model, packed, mask):
+    """The same of packed rows."""
+    found = model(
+        input_ids=packed.ids,
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        shift_labels=packed.labels,
+        fused_lm_head=True,
+    )
+    padding = mask[:, -COMPLETION:] == 0
+    return tuple(packed.rows_of(value).masked_fill(padding, 0.0) for value in (found.log_probs, found.entropy))
+
+
+def gradients(model, values, weights):
+    """The gradient of every trained weight of a weighted sum of log-probs and entropies."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = sum((value * weight).sum() for value, weight in zip(values, weights, strict=True))
+    return torch.autograd.grad(loss, trained)
+
+
+def assert_packed_equals_rows(model, families, *, dtype=torch.float32, tolerance=2e-6):
+    ids, mask, family = batch(families)
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(len(ids), COMPLETION, generator=generator) * mask[:, -COMPLETION:] for _ in range(2)]
+    wanted = scores(model, ids, mask)
+    of_rows = gradients(model, wanted, weights)
+    packed = tree.plant(ids, mask, COMPLETION, family, dtype)
+    found = packed_scores(model, packed, mask)
+    of_tree = gradients(model, found, weights)
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=tolerance)
+    scale = max(gradient.abs().max() for gradient in of_rows)
+    assert scale > 0.1
+    for value, other in zip(of_tree, of_rows, strict=True):
+        assert ((value - other).abs().max() / scale) < tolerance
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_log_probs_entropies_and_gradients_are_those_of_rows(kind, lora, checkpointing):
+    assert_packed_equals_rows(model_of(kind, lora=lora, checkpointing=checkpointing), sampled([2, 5, 9]))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_hidden_states_in_double_precision(kind):
+    """What goes into TRL's head, which is single precision, as the layers' norms are."""
+    model = model_of(kind, torch.float64).eval()
+    ids, mask, family = batch(sampled([1, 4, 11]))
+    wanted = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, PROMPT - 1 : -1]
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.float64)
+    found = model.model(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.positions)
+    kept = mask[:, -COMPLETION:] > 0
+    assert (packed.rows_of(found.last_hidden_state)[kept] - wanted[kept]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "families",
+    [
+        sampled([3], thinking=(9,)),
+        sampled([2, 4, 6, 8]),
+        sampled([14, 17], thinking=(14, 17)),  # branches after the last thinking token
+        sampled([0], thinking=(1, 5)),  # nothing shared but the prompt
+        [[([5, 6], [7]), ([5, 6], [7]), ([5, 6], [8])]],  # a branch that is its trunk, and one without thinking
+        [[([5, 6], [7, 8, 9]), ([6], [9]), ([5, 6], [7])]],  # another prompt, as a filler has; a branch that ends early
+        [[([5, 6], [7, 8, 9])], [([4], [3]), ([4], [2, 2])]],  # a family of one
+        [[([5, 6], [7, 8, 9])]],  # no branch at all
+    ],
+    ids=["one cut", "four cuts", "at the end", "no cut", "the trunk itself", "filler", "unequal", "trunks only"],
+)
+def test_odd_families(families):
+    assert_packed_equals_rows(model_of("qwen2"), families)
+
+
+@given(
+    thinking=st.lists(st.integers(1, 18), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 18), max_size=4),
+    answers=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_families(thinking, cuts, answers, seed):
+    families = sampled([min(cut, min(thinking)) for cut in cuts], thinking=thinking, seed=seed, answers=answers)
+    assert_packed_equals_rows(model_of("smollm2"), families)
+
+
+def test_each_shared_token_is_there_once():
+    """Three branches that share 2, 5 and 5 of 14 thinking tokens: what is left of each, and one token more."""
+    trunk = list(range(10, 24))
+    answers = [[(40, 41), [*trunk[:2], 30, 31]], [(40, 41), [*trunk[:5], 32]], [(40, 41), [*trunk[:5], 33, 34]]]
+    ids, mask, family = batch([[([40, 41], trunk), *(([*prompt], row) for prompt, row in answers)]])
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.float32)
+    assert packed.ids.tolist() == [[40, 41, *trunk, 11, 30, 31, 14, 32, 14, 33, 34]]
+    assert packed.positions.tolist() == [[*range(16), 3, 4, 5, 6, 7, 6, 7, 8]]
+    assert packed.mask.shape == (1, 1, 8, 24)
+    assert (packed.mask[0, 0] == 0).sum(1).tolist() == [4, 5, 6, 7, 8, 7, 8, 9]  # as many keys as its row has tokens
+    assert tree.sizes(ids[:, PROMPT:], mask[:, PROMPT:], 4).tolist() == [[14, 8]]
+
+
+def test_plain_rows_go_as_they_went():
+    model = model_of("qwen3")
+    ids, mask, _ = batch(sampled([2, 5]))
+    packed_attention = scores(model, ids, mask)[0]
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(scores(model, ids, mask)[0], packed_attention)
+
+
+@pytest.mark.parametrize("broken", ["positions", "reach", "mask"])
+def test_the_comparison_sees_what_is_wrong(broken):
+    """Positions that go on along the packed row, branches that see one token less, and a 2-D mask."""
+    model = model_of("llama").eval()
+    ids, mask, family = batch(sampled([5, 9]))
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.float32)
+    if broken == "positions":
+        packed = dataclasses.replace(packed, positions=torch.arange(packed.ids.size(1)).expand_as(packed.ids))
+    elif broken == "reach":
+        reached = (packed.mask == 0).long().cumsum(-1)
+        lost = (packed.mask == 0) & (reached == 4)
+        packed = dataclasses.replace(packed, mask=packed.mask.masked_fill(lost, torch.finfo(torch.float32).min))
+    else:
+        packed = dataclasses.replace(packed, mask=torch.ones_like(packed.ids))
+    difference = (packed_scores(model, packed, mask)[0] - scores(model, ids, mask)[0]).abs().max()
+    assert difference > 1e-2
+
+
+def test_the_mask_is_a_branch_tokens_by_all():
+    """No [L, L] mask: 400 thinking tokens and 12 of answers make one of 14 lines."""
+    generator = torch.Generator().manual_seed(0)
+    trunk, prompt = tokens(generator, 400), tokens(generator, 6)
+    ids, mask = torch.zeros(3, 406, dtype=torch.long), torch.zeros(3, 406, dtype=torch.long)
+    for i, row in enumerate((trunk, trunk[:100] + tokens(generator, 6), trunk[:200] + tokens(generator, 6))):
+        ids[i, : 6 + len(row)], mask[i, : 6 + len(row)] = torch.tensor(prompt + row), 1
+    packed = tree.plant(ids, mask, 400, torch.zeros(3, dtype=torch.long), torch.float32)
+    assert packed.mask.shape == (1, 1, 14, 420)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**SIZES, sliding_window=8), "sliding window"),
+        (
+            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+            "layers of sliding_attention",
+        ),
+    ],
+    ids=["mistral", "qwen2"],
+)
+def test_models_that_cannot(config, reason):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    assert reason in tree.obstacle(model)
+
+
+def test_another_attention_cannot():
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"](), attn_implementation="eager")
+    assert "attention is eager" in tree.obstacle(model)
+
+
+def test_saved_models_do_not_name_it(tmp_path):
+    """Whoever loads the model later knows nothing of this module."""
+    model = model_of("llama")
+    model.save_pretrained(tmp_path)
+    assert tree.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_fold_keeps_families_together_and_unfold_undoes_it():
+    """Two families of three rows: thinking rows first in a window, families in succession in a micro-batch."""
+    ids = torch.tensor([[1], [2], [11], [12], [21], [22]])
+    window = {"completion_ids": ids, "kind": list("tTabcd"), "row_scale": torch.tensor(3.0), "none": None}
+    folded = packs.fold(window, 2)
+    assert folded["completion_ids"].squeeze(2).tolist() == [[1, 11, 12], [2, 21, 22]]
+    assert folded["kind"] == [["t", "a", "b"], ["T", "c", "d"]]
+    rows, width = packs.unfold(folded)
+    assert width == 3 and rows["completion_ids"].squeeze(1).tolist() == [1, 11, 12, 2, 21, 22]
+    assert rows["kind"] == list("tabTcd") and rows["row_scale"] == 3.0 and rows["none"] is None
+    assert packs.unfold(rows) == (rows, 1)
