@@ -52,10 +52,11 @@ AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsi
 PLAIN = (bool, int, float, str)
 READ = {
     "model": (
-        "source", "think_end", "appended", "forced", "dtype", "attn_implementation", "trust_remote_code", "lora",
-        "adapter", "quantization",
+        "source", "think_end", "appended", "forced", "episodes", "dtype", "attn_implementation", "trust_remote_code",
+        "lora", "adapter", "quantization",
     ),
     "model.forced": ("ellipsis", "header", "stops"),
+    "model.episodes": ("separator", "markers"),
     "teacher": ("kind", "source", "url", "dtype", "attn_implementation", "trust_remote_code"),
     "data": ("train", "eval", "max_prompt_tokens", "too_long"),
     "reward": ("funcs", "weights", "on_error", "classes", "answer"),

@@ -54,6 +54,9 @@ SCORED = {
 PUBLISHED = {
     "budgets": "[B, K] long: thinking budgets of each row, ascending, in tokens",
     "budget_scores": "[B, K] float: mean score of the answers forced at each budget; NaN where none was graded",
+    "episodes": "[B, K + 1] long: thinking tokens before the first and up to each episode's end, padded with the last",
+    "episode_scores": "[B, K + 1] float: mean score of the answers forced at each of these",
+    "episode_progress": "[B] float: score after the episode that follows a shared prefix, less the score at the prefix",
     "extra_answers": "[B, N] long: answers of N completions that only vote, numbered as `answers`; -1 for none",
 }
 """Signals that exist only where a rows stage puts them into `Rollout.signals`; for shapes and all that follows."""

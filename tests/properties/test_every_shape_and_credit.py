@@ -115,6 +115,10 @@ def window(seed, case, groups=3, size=4, tokens=100):
         "progress": Progress(3, 10),
         "extra_answers": torch.randint(-1, 4, (groups, 3), generator=generator)[group],
         "old_appended": -23 + 5 * torch.randn(rows, generator=generator),
+        "kind": ["summary" if i % 4 == 0 else "thinking" for i in range(rows)],
+        "episodes": torch.tensor([[0, 25, 50, 100]]).expand(rows, 4),
+        "episode_scores": torch.rand(rows, 4, generator=generator),
+        "episode_progress": torch.rand(rows, generator=generator) - 0.5,
         "budgets": torch.tensor([[25, 50, 100]]).expand(rows, 3),
         "budget_scores": torch.rand(rows, 3, generator=generator),
     }
@@ -166,6 +170,6 @@ def test_no_wrong_answer_is_lifted_above_a_correct_one_of_its_group(name, seed, 
 
 
 def test_the_only_shapes_that_lift_wrong_answers_are_published_for_it():
-    """LASER-DE explores hard problems, and a vote knows no gold: their documentation says so."""
+    """LASER-DE explores hard problems, MRT rewards progress without success, and a vote knows no gold."""
     found = [name for name in STAGES if name.startswith("shape") and not gated(name)]
-    assert found == ["shape/laser_de", *LABEL_FREE]
+    assert found == ["shape/laser_de", "shape/mrt_progress", *LABEL_FREE]

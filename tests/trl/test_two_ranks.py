@@ -50,6 +50,7 @@ def distance(one, two):
         ("self_reward", "dr_grpo", 60),
         ("rows", "grpo", 60),
         ("brpo", "dr_grpo", 60),
+        ("mrt", "dapo", 60),
         ("hapo", "dapo", 0),
         ("spine", "dapo", 0),
         ("kdrl", "dapo", 0),

@@ -24,6 +24,7 @@ from rltoken.methods.hapo_entropy import AdaptiveTemperature, Redistribution, ad
 from rltoken.methods.kdrl import Distillation, distilled_advantage
 from rltoken.methods.last_token import class_balance, mix_self_reward, self_reward_loss
 from rltoken.methods.length_regularised import length_regularised
+from rltoken.methods.mrt import episode_answers, episode_credit, mrt, mrt_progress, prefix_rollouts
 from rltoken.methods.spine import entropy_band, masked_kl, mixed_groups, random_tokens, reference_band, spine_forks
 from rltoken.methods.thr import nthr, thr
 from rltoken.methods.ttrl import majority_vote
@@ -50,6 +51,7 @@ def bonus_of_summaries(entropy):
 
 
 BUDGETS = {"budgets": [2, 4, 7], "longest": 8, "drawn": True}
+EPISODES = {"separator": None, "markers": ["1", "2", "3"]}
 METHODS = {
     "grpo": {},
     "tokens": {
@@ -111,6 +113,14 @@ METHODS = {
     "kdrl": {
         "aux": {"kdrl": Distillation(beta=0.5, masking="response", normaliser="kept")},
         "credits": {"kdrl": functools.partial(distilled_advantage, beta=0.5, masking="group")},
+    },
+    "mrt": {
+        "rows": {
+            "mrt": functools.partial(prefix_rollouts, **EPISODES, longest=8, max_new_tokens=3, progress_answers=2),
+            "episodes": functools.partial(episode_answers, **EPISODES, answers=2, max_new_tokens=3),
+        },
+        "shapes": {"progress": mrt_progress},
+        "credits": {"mrt": functools.partial(mrt, baseline="joint"), "episodes": episode_credit},
     },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }

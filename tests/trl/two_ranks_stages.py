@@ -38,6 +38,9 @@ SETTINGS = {
     ],
     "credit/brpo": None,  # has rows of its own: test_two_ranks_equal_one
     "credit/group_centred": None,
+    "credit/mrt": None,  # so have these three
+    "credit/mrt_episodes": None,
+    "shape/mrt_progress": None,
 }
 """Settings at the size of these rollouts, and what a stage needs beside it. None: it acts on added rows only."""
 
