@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,13 @@ from rltoken.preemption import SIGNALS, Notice
 from rltoken.report import read_metrics
 
 SHOWN = {"reward": "reward", "rewards/accuracy/mean": "accuracy", "thinking_tokens": "thinking tokens"}
-"""Metric -> what the progress line calls it."""
+EVALUATED = {
+    "accuracy": "accuracy",
+    "anytime_accuracy": "anytime accuracy",
+    "thinking_tokens": "thinking tokens",
+    "truncated": "cut",
+}
+"""Metrics -> what the progress line calls them, of a window and of an evaluation."""
 
 
 class MetricsFile(TrainerCallback):
@@ -31,7 +39,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Drop what was logged after the checkpoint that training goes on from, and a line that a kill cut short."""
         if state.is_world_process_zero and self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step]
+            # what was evaluated before the first step is evaluated again where training begins there
+            kept = [line for line in read_metrics(self._path) if line["step"] <= state.global_step > 0]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             partial.replace(self._path)
@@ -40,13 +49,17 @@ class MetricsFile(TrainerCallback):
         """Write the newest metrics with their step, but not transformers' summary of what this process trained."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": time.time(), **_strict(logs)}) + "\n")
+                line = {"step": state.global_step, "time": time.time(), **_strict(logs)}
+                file.write(json.dumps(line) + "\n")
 
 
 def _strict(logs: dict[str, Any]) -> dict[str, Any]:
-    """Not a number and infinity, which JSON lacks, as null."""
+    """Not a number and infinity, which JSON lacks, as null; eval_NAME as eval/NAME, as trackers show it."""
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in logs.items()
+        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key: (
+            None if isinstance(value, float) and not math.isfinite(value) else value
+        )
+        for key, value in logs.items()
     }
 
 
@@ -90,6 +103,30 @@ class ProgressLine(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step, shown=shown)
         elif state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:
             self._console.print(f"step {state.global_step}/{state.max_steps}: {shown}, {self._left(state)} left")
+
+    def on_evaluate(self, args, state, control, metrics: dict[str, float] | None = None, **kwargs) -> None:
+        """Say what came out of each benchmark, in a line that stays."""
+        if not state.is_world_process_zero:
+            return
+        for name in dict.fromkeys(key.removeprefix("eval_").rpartition("/")[0] for key in metrics or {}):
+            shown = [
+                f"{label} {metrics[key]:.4g}"
+                for measure, label in EVALUATED.items()
+                if (key := f"eval_{name}/{measure}") in metrics
+            ]
+            if shown:
+                self._console.print(f"step {state.global_step}/{state.max_steps}, {name}: {', '.join(shown)}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to a bar of somebody else's inside the context."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Close the line."""

@@ -80,6 +80,15 @@ def leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def leave_terminal_to_us() -> None:
+    """Switch off the bars that libraries draw for work of a second."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def attempt(work: Callable[[], None]) -> None:
     """Do the work of one job; errors are told here, since Hydra would add lines of its own."""
     try:
@@ -156,6 +165,11 @@ def help_text(config_name: str) -> str:
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         choices = "\n".join(f"{group}: {', '.join(sorted(names))}" for group, names in sorted(_groups().items()))
     return string.Template(told).substitute(APP_CONFIG_GROUPS=choices)
+
+
+def choices(group: str) -> list[str]:
+    """The choices of a group that are meant for it; Hydra must be initialised."""
+    return _choices(GlobalHydra.instance().config_loader(), group)
 
 
 def _groups() -> dict[str, list[str]]:

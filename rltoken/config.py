@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -40,7 +40,13 @@ CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 """What TRL knows but checks only once training has begun."""
-OWNED = {"output_dir": "runs_dir and name", "seed": "seed", "data_seed": "seed"}
+OWNED = {
+    "output_dir": "runs_dir and name",
+    "seed": "seed",
+    "data_seed": "seed",
+    "num_generations_eval": "eval.during.samples",
+    "per_device_eval_batch_size": "eval.batch_size",
+}
 """Fields of GRPOConfig that other keys of the configuration decide."""
 AT_LEAST = {
     "max_completion_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_iterations": 1,
@@ -65,6 +71,18 @@ READ = {
 
 
 @dataclasses.dataclass
+class DuringSchema:
+    """The keys of `eval.during` with their types."""
+
+    benchmarks: list[str] = dataclasses.field(default_factory=lambda: ["own"])
+    files: Optional[str] = None  # noqa: UP045  (OmegaConf needs the old form)
+    limit: Optional[int] = 100  # noqa: UP045  (OmegaConf needs the old form)
+    samples: int = 4
+    max_new_tokens: int = 112
+    budgets: Any = None
+
+
+@dataclasses.dataclass
 class EvalSchema:
     """The keys of `eval` with their types."""
 
@@ -82,6 +100,7 @@ class EvalSchema:
     budgets: Any = None
     max_answer_tokens: int = 128
     seed: int = 1234
+    during: DuringSchema = dataclasses.field(default_factory=DuringSchema)
 
 
 @dataclasses.dataclass
@@ -101,8 +120,8 @@ class RolloutSchema:
 
 def register_schemas() -> None:
     """Tell Hydra the types of `eval`, `rollout` and `trainer` (TRL's GRPOConfig and `max_hours`)."""
-    for group, node in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
-        ConfigStore.instance().store(group=group, name="schema", node=node)
+    for group in ("eval", "rollout", "trainer"):
+        ConfigStore.instance().store(group=group, name="schema", node=SCHEMAS[group]())
 
 
 def trainer_schema() -> type:
@@ -117,6 +136,15 @@ def trainer_schema() -> type:
             fields.append((field.name, _checkable(field.type), _field(default)))
     fields.append(("max_hours", Optional[float], _field(None)))  # noqa: UP045  (OmegaConf needs the old form)
     return dataclasses.make_dataclass("GRPOConfigSchema", fields)
+
+
+SCHEMAS: Mapping[str, Callable[[], type]] = {
+    "eval": lambda: EvalSchema,
+    "eval.during": lambda: DuringSchema,
+    "rollout": lambda: RolloutSchema,
+    "trainer": trainer_schema,
+}
+"""Sections of which only these keys are read; TRL is imported late."""
 
 
 def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOConfig:
@@ -143,7 +171,8 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
         steps = settings["generation_batch_size"] // (batch * world) or 1
     refuse_split_groups(batch, steps, settings["num_generations"])
     try:
-        args = GRPOConfig(output_dir=output_dir, seed=seed, **settings)
+        # TRL would have its own evaluation loop take whole groups
+        args = GRPOConfig(output_dir=output_dir, seed=seed, num_generations_eval=1, **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise _refused(error, settings) from error
     _check_trackers(args.report_to)
@@ -164,6 +193,8 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         )
     if settings["max_hours"] is not None and not settings["max_hours"] > 0:
         raise UserError(f"trainer.max_hours: {settings['max_hours']} is not possible; set it above 0, or to null.")
+    if settings["eval_strategy"] == "steps" and settings["eval_steps"] is None:
+        raise UserError("trainer.eval_steps: it has no value; set after how many steps to evaluate, as 20.")
     if settings["enable_jit_checkpoint"]:
         raise UserError("trainer.enable_jit_checkpoint: SIGTERM saves without it, and exactly; leave it out.")
     for key, choices in CHOICES.items():
@@ -277,11 +308,12 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
             f"eval: {benchmark} is a benchmark for rltoken.evaluate; leave it out, and name the run there: python -m "
             f"rltoken.evaluate eval={benchmark} 'runs=[RUN]'."
         )
-    for section, schema in (("eval", EvalSchema), ("rollout", RolloutSchema), ("trainer", trainer_schema())):
-        fields = [field.name for field in dataclasses.fields(schema)]
-        if not cfg[section].keys() >= set(fields):  # what a scale sets stays where the group is left out
+    for section, schema in SCHEMAS.items():
+        fields = [field.name for field in dataclasses.fields(schema())]
+        found = OmegaConf.select(cfg, section)
+        if not found.keys() >= set(fields):  # what a scale sets stays where the group is left out
             raise UserError(f"{section}: it cannot be left out; remove '~{section}' from the command.")
-        for key in cfg[section]:  # a leading '+' opens what a schema closes
+        for key in found:  # a leading '+' opens what a schema closes
             if key not in fields:
                 raise UserError(f"{section}.{key}: there is no such key{nearest(key, fields)}; correct or remove it.")
     for section, fields in READ.items():
@@ -328,6 +360,7 @@ def check_values(cfg: DictConfig) -> None:
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
+    least |= {f"eval.during.{key}": 1 for key in ("limit", "samples", "max_new_tokens")}
     least |= {
         "eval.chunk": 1,
         "eval.max_answer_tokens": 1,
@@ -353,7 +386,10 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value not in choices:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
-    _check_eval(cfg)
+    _check_budgets(cfg, "eval")
+    _check_budgets(cfg, "eval.during")
+    if not 0 < cfg.eval.top_p <= 1:
+        raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
     _check_forced(cfg.model.forced)
     if "method" in cfg and cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
         raise UserError(
@@ -371,21 +407,20 @@ def check_values(cfg: DictConfig) -> None:
         )
 
 
-def _check_eval(cfg: DictConfig) -> None:
-    """Refuse budgets that are none or too long, and a share of the probability that is none."""
+def _check_budgets(cfg: DictConfig, key: str) -> None:
+    """Refuse budgets of a section that are none or too long."""
     from rltoken.rollout.forced import in_tokens
 
+    section = OmegaConf.select(cfg, key)
     try:
-        points = in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens) if cfg.eval.budgets else [1]
+        points = in_tokens(section.budgets, cfg.rollout.max_thinking_tokens) if section.budgets else [1]
     except (ValueError, TypeError) as error:
-        raise UserError(f"eval.budgets: {first_line(error)}.") from error
-    if points[-1] > cfg.eval.max_new_tokens:
+        raise UserError(f"{key}.budgets: {first_line(error)}.") from error
+    if points[-1] > section.max_new_tokens:
         raise UserError(
-            f"eval.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
-            f"eval.max_new_tokens={cfg.eval.max_new_tokens}."
+            f"{key}.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
+            f"{key}.max_new_tokens={section.max_new_tokens}."
         )
-    if not 0 < cfg.eval.top_p <= 1:
-        raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
 
 
 def _check_forced(forced: DictConfig | None) -> None:

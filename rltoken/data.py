@@ -240,10 +240,13 @@ def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None) -> str 
         return found
     if key == "id" and not isinstance(wanted, str):
         return None
-    near = difflib.get_close_matches(names[0], source.column_names, n=1, cutoff=0.5) or source.column_names[-1:]
+    others = {name for other, known in COLUMNS.items() if other != key for name in known}
+    left = [column for column in source.column_names if column not in others]
+    near = difflib.get_close_matches(names[0], source.column_names, n=1, cutoff=0.5) or left[-1:]
+    fix = f"Set data.columns.{key}={near[0]}" if near else "Add it to the file"
     raise UserError(
         f"data.columns.{key}: the data set has no column {' or '.join(repr(column) for column in names)}; it has: "
-        f"{', '.join(source.column_names)}. Set data.columns.{key}={near[0]}."
+        f"{', '.join(source.column_names)}. {fix}."
     )
 
 

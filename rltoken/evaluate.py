@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,8 +61,12 @@ SAME = ("data.eval", "reward", "eval")
 LONGEST = "rollout.max_thinking_tokens"
 BENCHMARK = ("data", "reward", "eval")
 """Sections that a benchmark, a choice of the group `eval`, brings."""
-WHEN = {"eval.before", "eval.after"}
-"""Keys of `eval` that only say when training evaluates."""
+WHEN = re.compile(r"eval\.(before|after|during\..*)")
+"""Keys of `eval` that are read in training only."""
+
+
+FINISHED: list[Path] = []
+"""Folders of the results of this process's jobs, on rank 0: --multirun runs several."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,19 @@ class Subject:
 
 def main() -> None:
     """The entry point."""
-    cli.main(_job, "evaluate", TOP_LEVEL, "interrupted; the same command goes on from the last batch")
+    cli.main(_start, "evaluate", TOP_LEVEL, "interrupted; the same command goes on from the last batch")
+
+
+def _start() -> None:
+    FINISHED.clear()
+    _job()
+    if len(FINISHED) > 1:
+        from rltoken import overview
+
+        try:
+            overview.show(FINISHED)
+        except UserError as error:  # no fault of the evaluations: a sweep of something else than benchmarks
+            print(f"no table of all: {error}")
 
 
 @hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="evaluate", version_base="1.3")
@@ -120,6 +137,7 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
         raise UserError(f"out: {folder} is a file; choose another with out=...")
     for path in () if cfg.server else cfg.models:
         existing_model(str(path))
+    cli.leave_terminal_to_us()
     state = PartialState(cpu=cfg.trainer.use_cpu)
     prepared = [prepare(subject, state) for subject in found]
     facts = {subject.name: one.facts for subject, one in zip(found, prepared, strict=True)}
@@ -155,8 +173,9 @@ def repeat(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     for name, now in facts.items():
         shards.refuse_other(folder, then[name], now)
     if runs.is_main_process():
-        report.show_comparison(results["models"])
+        report.show_comparison(results["models"], next(iter(results["settings"].values()))["eval"]["benchmark"])
         print(f"finished already: {folder / RESULTS}")
+        FINISHED.append(folder)
 
 
 def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
@@ -291,8 +310,8 @@ def refuse_differences(found: Sequence[Subject]) -> None:
     for key in (*SAME, *([LONGEST] if fractions else [])):
         values = [identity.flat({key: plain(OmegaConf.select(subject.cfg, key))}) for subject in found]
         for subject, value in zip(found, values, strict=True):
-            for name in sorted((values[0].keys() | value.keys()) - WHEN):
-                if values[0].get(name) != value.get(name):
+            for name in sorted(values[0].keys() | value.keys()):
+                if not WHEN.fullmatch(name) and values[0].get(name) != value.get(name):
                     if key == "data.eval":
                         raise UserError(
                             f"{name}: {found[0].name} and {subject.name} are evaluated on different problems "
@@ -328,7 +347,7 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
         if tokenizer is None and cfg.data.get("max_prompt_tokens") is not None:
             raise UserError("tokenizer: data.max_prompt_tokens counts by one; set tokenizer=FOLDER_OR_HUB_ID.")
         problems = parts.problems(cfg.data, "eval", tokenizer)
-        check_count(cfg, len(problems))
+        parts.check_count(cfg, len(problems))
         problems = parts.first(problems, cfg.eval.limit)
     chunk = even_chunk(len(problems) * cfg.eval.samples, state.num_processes, cfg.eval.chunk)
     sections = ("model", "data.eval", "reward", "eval", LONGEST)
@@ -338,7 +357,9 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
         name: version for name, version in runs.versions().items() if by.startswith("vllm") and name.startswith("vllm")
     }
     facts = {
-        "settings": {key: value for key, value in settings.items() if key not in {*identity.FREE, *WHEN}},
+        "settings": {
+            key: value for key, value in settings.items() if key not in identity.FREE and not WHEN.fullmatch(key)
+        },
         "model": f"{path} at {cfg.server}" if by == "chat" else identity.digest_of_model(path),
         "eval_data": identity.digest_of_rows(problems),
         "versions": identity.versions() | engines,
@@ -347,22 +368,6 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
     if by != "chat" and adapters.is_adapter(path):
         facts["frozen"] = identity.digest_of_model(parts.base_of(cfg.model, path))
     return Prepared(path, tokenizer, problems, facts)
-
-
-def check_count(cfg: DictConfig, found: int) -> None:
-    """Refuse a benchmark of which problems are missing, unless a part was asked for.
-
-    Raises:
-        UserError: there are more or fewer than it has.
-    """
-    counts = plain(cfg.eval.count)
-    counts = counts if isinstance(counts, list) else [counts]
-    if counts == [None] or found in counts or cfg.data.get("eval_limit") is not None:
-        return
-    raise UserError(
-        f"eval.count: {cfg.eval.benchmark} has {' or '.join(map(str, counts))} problems, and {found} were found; "
-        "correct data.eval_path or data.eval_hub, or set eval.count=null to evaluate these."
-    )
 
 
 def shards_of(subject: Subject, folder: Path) -> Path:
@@ -398,31 +403,9 @@ def evaluated(subject: Subject, prepared: Prepared, folder: Path, state: Partial
         )
     if state.is_main_process:
         if settings.samples > 1:
-            table = with_answers(table, cfg.reward)
+            table = parts.with_answers(table, cfg.reward)
         shards.written(done, table.to_parquet())
         table = pd.read_parquet(done)  # as one that goes on from here would
-    return table
-
-
-def with_answers(table: pd.DataFrame, section: DictConfig) -> pd.DataFrame:
-    """The table with the final answer of each completion, and the number of its class among those of its problem.
-
-    Args:
-        table: with `id` and `text`.
-        section: the section `reward`, which says how answers are read and which are equal.
-
-    Returns:
-        With `answer` (text, None where there is none) and `answer_class` (from 0 in order of appearance, -1 where there
-        is no answer), each where the section says how.
-    """
-    from rltoken import parts
-
-    read, classes = parts.answer(section), parts.rewards(section)[2]
-    texts = table["text"].tolist()
-    if read is not None:
-        table = table.assign(answer=[read(text) for text in texts])
-    if classes is not None:
-        table = table.assign(answer_class=classes(texts, table.groupby("id", sort=False).ngroup().tolist()))
     return table
 
 
@@ -571,8 +554,8 @@ def finish(
     shards.written(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
     for subject in found:
         shutil.rmtree(shards_of(subject, folder), ignore_errors=True)
-    report.show_comparison(summaries)
     chosen = found[0].cfg.eval
+    report.show_comparison(summaries, chosen.benchmark)
     print(
         f"{chosen.benchmark or 'sampled'}: {chosen.samples} samples a problem, temperature {chosen.temperature:g}, "
         f"top-p {chosen.top_p:g}, at most {chosen.max_new_tokens} tokens"
@@ -582,6 +565,7 @@ def finish(
         end="",
     )
     print(f"{folder}/*.parquet")
+    FINISHED.append(folder)
 
 
 def tokens_of(table: pd.DataFrame) -> dict[str, int | None]:
@@ -596,17 +580,16 @@ def in_rows(found: Sequence[Subject], summaries: Mapping[str, Mapping[str, Any]]
     """One row per model: how it was measured, and every number that is one; `correct@B` is accuracy at budget B."""
     import pandas as pd
 
+    from rltoken.evals.metrics import numbers
+
     measured = ("benchmark", "temperature", "top_p", "max_new_tokens", "seed")
-    rows = []
-    for subject in found:
-        numbers = summaries[subject.name]
-        at_budgets = zip(numbers.get("budgets", ()), numbers.get("budget_accuracy", ()), strict=True)
-        rows.append(
+    return pd.DataFrame.from_records(
+        [
             {"model": subject.name, **{key: subject.cfg.eval[key] for key in measured}}
-            | {key: value for key, value in numbers.items() if isinstance(value, int | float) or value is None}
-            | {f"correct@{budget}": accuracy for budget, accuracy in at_budgets}
-        )
-    return pd.DataFrame.from_records(rows)
+            | numbers(summaries[subject.name])
+            for subject in found
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rltoken import adapters, models, signals, teachers
@@ -19,6 +19,7 @@ from rltoken.rollout.forced import encode_template
 from rltoken.types import Template
 
 if TYPE_CHECKING:
+    import pandas as pd
     from peft import PeftModel
 
     from rltoken.pipeline import Pipeline
@@ -139,6 +140,42 @@ def problems(section: DictConfig, role: str, tokenizer: PreTrainedTokenizerBase)
     return check_prompt_lengths(instantiate(section[role]), tokenizer, longest, section.get("too_long", "refuse"))
 
 
+def check_count(cfg: DictConfig, found: int) -> None:
+    """Refuse a benchmark of which problems are missing, unless a part was asked for.
+
+    Raises:
+        UserError: there are more or fewer than it has.
+    """
+    counts = cfg.eval.count
+    counts = list(counts) if OmegaConf.is_list(counts) else [counts]
+    if counts == [None] or found in counts or cfg.data.get("eval_limit") is not None:
+        return
+    raise UserError(
+        f"eval.count: {cfg.eval.benchmark} has {' or '.join(map(str, counts))} problems, and {found} were found; "
+        "correct data.eval_path or data.eval_hub, or set eval.count=null to evaluate these."
+    )
+
+
 def first(dataset: Dataset, limit: int | None) -> Dataset:
     """At most `limit` problems, from the first on."""
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def with_answers(table: pd.DataFrame, section: DictConfig) -> pd.DataFrame:
+    """The table with the final answer of each completion, and the number of its class among those of its problem.
+
+    Args:
+        table: with `id` and `text`.
+        section: the section `reward`, which says how answers are read and which are equal.
+
+    Returns:
+        With `answer` (text, None where there is none) and `answer_class` (from 0 in order of appearance, -1 where there
+        is no answer), each where the section says how.
+    """
+    read, classes = answer(section), rewards(section)[2]
+    texts = table["text"].tolist()
+    if read is not None:
+        table = table.assign(answer=[read(text) for text in texts])
+    if classes is not None:
+        table = table.assign(answer_class=classes(texts, table.groupby("id", sort=False).ngroup().tolist()))
+    return table

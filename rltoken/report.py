@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,17 @@ def curve(axis: Any, metrics: Mapping[str, Any], label: str, colour: str) -> Non
     axis.set(xlabel="thinking tokens" + (" allowed" if "budgets" in metrics else ""), ylabel="accuracy")
 
 
+def evaluated(axis: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the accuracies that were evaluated during training against the step."""
+    keys = dict.fromkeys(
+        key for line in metrics for key in line if key.startswith("eval/") and key.endswith("/accuracy")
+    )
+    for i, key in enumerate(keys):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        label = f"{key.split('/')[1]}, evaluated"
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=PALETTE[3:][i % 4], label=label)
+
+
 def show(report: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table of a run, if anything was evaluated, and what after differs in from before."""
     found = {phase: report[phase] for phase in ("before", "after") if report.get(phase)}
@@ -138,9 +149,11 @@ def show(report: Mapping[str, Any], console: Console | None = None) -> None:
         _print(f"{report['name']}: ", found, console or Console())
 
 
-def show_comparison(evaluations: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
+def show_comparison(
+    evaluations: Mapping[str, Mapping[str, Any]], benchmark: str | None = None, console: Console | None = None
+) -> None:
     """Print the comparison of several models, and what each differs in from the first."""
-    _print("", evaluations, console or Console())
+    _print(f"{benchmark}: " if benchmark else "", evaluations, console or Console())
 
 
 def _print(title: str, evaluations: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -156,6 +169,29 @@ def curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         curve(axis, metrics, name, PALETTE[i % len(PALETTE)])
     axis.grid(alpha=0.3)
     axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def panels(found: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Draw accuracy against thinking tokens, a panel for each benchmark and a colour for each model, into one PNG.
+
+    Args:
+        found: benchmark -> model -> metrics as `rltoken.evals.metrics.summary` gives them.
+        path: where to write.
+    """
+    models = list(dict.fromkeys(model for each in found.values() for model in each))
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    for axis, (name, each) in zip(axes.flat, found.items(), strict=False):
+        for model, metrics in each.items():
+            curve(axis, metrics, model, PALETTE[models.index(model) % len(PALETTE)])
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -182,6 +218,8 @@ def picture(report: Mapping[str, Any], metrics: list[dict[str, Any]], path: Path
             values = [line.get(key) for line in metrics if "reward" in line]
             if any(value is not None for value in values):
                 axis.plot(steps, values, color=COLOURS[colour], label=name)
+        if axis is rewards:
+            evaluated(axis, metrics)
         axis.set(xlabel="optimizer step", ylabel=label)
         axis.legend()
     rewards.set_title("training reward")

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback, TrainerState
 
-    from rltoken.evals.generate import Settings
-    from rltoken.evals.generators import Generator
+    from rltoken.evals.during import Evaluation
+
+OF_ROLLOUT = ("pack_tokens", "batch_rows", "packing", "normaliser", "max_logp_difference", "patience")
+"""Keys of `rollout` that are the trainer's under the same name."""
 
 
 def main() -> None:
@@ -108,6 +110,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
     from rltoken import report
+    from rltoken.evals.during import configured
 
     if cfg.resume == "auto" and (done := runs.finished(folder, cfg)):
         if runs.is_main_process():
@@ -116,17 +119,27 @@ def run(cfg: DictConfig, folder: Path) -> None:
             print(f"picture: {folder / 'report.png'}. To train anew, choose another name=... or remove the folder.")
         return
     pipeline, args, lora = checked(cfg, folder)
+    during = configured(cfg)
     with runs.alone(folder):
         checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
         runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
-        train(cfg, folder, pipeline, args, lora, checkpoint)
+        train(cfg, folder, pipeline, args, lora, during, checkpoint)
 
 
-def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, checkpoint: str | None) -> None:
+def train(
+    cfg: DictConfig,
+    folder: Path,
+    pipeline: Any,
+    args: Any,
+    lora: Any,
+    during: Mapping[str, DictConfig],
+    checkpoint: str | None,
+) -> None:
     """Evaluate, train, evaluate and report in an open run directory.
 
     Args:
         pipeline, args, lora: from `checked`.
+        during: what to evaluate during training, from `rltoken.evals.during.configured`.
         checkpoint: where to go on from; rank 0 decides.
 
     Raises:
@@ -134,6 +147,7 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
         Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
     from rltoken.callbacks import ProgressLine, StopWhenAsked
+    from rltoken.evals.during import Evaluation
 
     with (
         disk_errors_told(folder),
@@ -143,13 +157,16 @@ def train(cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, ch
         contextlib.ExitStack() as at_the_end,
     ):
         try:
-            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, [progress, StopWhenAsked(notice)])
+            callbacks = [progress, StopWhenAsked(notice)]
+            between = Evaluation(during, folder, progress.paused) if during else None
+            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, callbacks, between)
         except (UserError, InstantiationException) as error:
             if UserError in (type(error), type(error.__cause__)):
                 runs.discard(folder)
             raise
         at_the_end.callback(trainer.close)
         checkpoint = from_first_rank(checkpoint)
+        args.eval_on_start &= checkpoint is None  # the start was evaluated when there was one
         with notice.sampler_kept():
             before = evaluation("before", known=checkpoint is not None) if cfg.eval.before else None
         with notice.steps(lambda: saved(folder, trainer.state)), notice.sampler_kept(trainer.save_last_step):
@@ -195,66 +212,94 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
 
 
 def assemble(
-    cfg: DictConfig, folder: Path, pipeline: Any, args: Any, lora: Any, callbacks: Sequence[TrainerCallback]
+    cfg: DictConfig,
+    folder: Path,
+    pipeline: Any,
+    args: Any,
+    lora: Any,
+    callbacks: Sequence[TrainerCallback],
+    between: Evaluation | None = None,
 ) -> tuple[Any, Any]:
-    """Load data, tokenizer and model; the trainer, and `evaluated` but for its phase."""
+    """Load data, tokenizer and model; the trainer, and `evaluated` but for its phase.
+
+    Args:
+        pipeline, args, lora: from `checked`.
+        callbacks: besides those that write.
+        between: what to evaluate during training.
+
+    Raises:
+        UserError: something cannot be loaded, or not be evaluated as it is sampled.
+    """
     from accelerate import PartialState
 
     from rltoken import parts
     from rltoken.callbacks import MetricsFile
     from rltoken.data import warn_shared
+    from rltoken.evals.during import KeptEvaluations
     from rltoken.trainer import TokenGRPOTrainer
 
-    leave_terminal_to_us()
+    cli.leave_terminal_to_us()
     with PartialState().main_process_first():  # what is converted or trained once and cached is made by rank 0
         path = parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
+        apart = between.load(tokenizer) if between else None
     teacher = parts.teacher(cfg, pipeline, tokenizer)
     if runs.is_main_process():
         warn_shared(train, evaluation)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
-    on_cpu = args.use_vllm and args.device.type == "cpu"
-    if on_cpu and not adapters.is_adapter(path):
-        from rltoken.rollout import vllm_cpu
-
-        vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
+    refuse_unserved(cfg, args, path)
     trainer = TokenGRPOTrainer(
         model=parts.model(cfg.model, path, trainable=True),
         reward_funcs=list(funcs.values()),
         args=args,
         train_dataset=train,
-        eval_dataset=evaluation if args.eval_strategy != "no" else None,
+        eval_dataset=apart,
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
+        callbacks=[MetricsFile(folder / "metrics.jsonl"), KeptEvaluations(folder), *callbacks],
         pipeline=pipeline,
         template=parts.template(cfg.model, tokenizer),
         appended_id=parts.appended(cfg.model, tokenizer),
-        pack_tokens=cfg.rollout.pack_tokens,
-        batch_rows=cfg.rollout.batch_rows,
-        packing=cfg.rollout.packing,
-        normaliser=cfg.rollout.normaliser,
-        max_logp_difference=cfg.rollout.max_logp_difference,
-        patience=cfg.rollout.patience,
+        **{key: cfg.rollout[key] for key in OF_ROLLOUT},
         teacher=teacher,
         classes=classes,
         on_change=cfg.on_change,
+        evaluation=between,
         record=runs.record(folder, cfg),
     )
     drop_printing_callbacks(trainer)
+    if between or cfg.eval.before or cfg.eval.after:
+        refuse_split_weights(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
 
-def leave_terminal_to_us() -> None:
-    """Switch off the bars that libraries draw for work of a second."""
-    import datasets
-    from transformers.utils import logging
+def refuse_unserved(cfg: DictConfig, args: Any, path: str) -> None:
+    """Refuse a model that vLLM is to serve on a CPU and cannot; of an adapter the base is known only once it is loaded.
 
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+    Raises:
+        UserError: it cannot.
+    """
+    if args.use_vllm and args.device.type == "cpu" and not adapters.is_adapter(path):
+        from rltoken.rollout import vllm_cpu
+
+        vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
+
+
+def refuse_split_weights(trainer: Any) -> None:
+    """Refuse to evaluate by transformers what is not whole on any rank.
+
+    Raises:
+        UserError: FSDP or ZeRO-3 splits the weights, and vLLM does not sample.
+    """
+    if trainer.splits_weights and not trainer.use_vllm:
+        raise UserError(
+            "eval: transformers cannot sample from weights that FSDP or ZeRO-3 splits over ranks; set "
+            "rollout=vllm_server or rollout=vllm_colocate, or trainer.eval_strategy=no eval.before=false "
+            "eval.after=false."
+        )
 
 
 def drop_printing_callbacks(trainer: Any) -> None:
@@ -274,6 +319,7 @@ def evaluated(
     """
     import pandas as pd
 
+    from rltoken.evals.during import generating
     from rltoken.evals.generate import evaluate, settings_of
     from rltoken.evals.metrics import summary
 
@@ -296,24 +342,6 @@ def evaluated(
         table.to_parquet(partial)
         partial.replace(path)
     return summary(table)
-
-
-@contextlib.contextmanager
-def generating(trainer: Any, settings: Settings) -> Iterator[Generator]:
-    """What samples from the model as it stands: the trainer's vLLM engine or server, or transformers."""
-    from rltoken.evals.generators import ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
-
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    ends = ends_of(model.generation_config, tokenizer)
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
-    if trainer.serves_alone:
-        with trainer.serving() as llm:
-            yield VllmGenerator(llm, ends, **sampling)
-    elif trainer.server_url:
-        trainer.hand_over()
-        yield ServerGenerator(trainer.server_url, ends, patience=trainer.patience, **sampling)
-    else:
-        yield TransformersGenerator(model, tokenizer, batch_size=settings.batch_size, **sampling)
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:

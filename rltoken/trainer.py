@@ -64,6 +64,7 @@ class TokenGRPOTrainer(SeamTrainer):
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
+        evaluation: what `evaluate` measures in place of TRL's evaluation loop, as NAME -> number; called on every rank.
         record: what else checkpoints are to say of whom they belong to (`rltoken.identity.changed`).
 
     Raises:
@@ -85,6 +86,7 @@ class TokenGRPOTrainer(SeamTrainer):
         teacher: Teacher | None = None,
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
+        evaluation: Callable[[TokenGRPOTrainer], dict[str, float]] | None = None,
         record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +94,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
         self.patience, self.appended_id, self.teacher = patience, appended_id, teacher
         self.classes, self.on_change, self.record = classes, on_change, record or {}
+        self.evaluation = evaluation
         self._rng: torch.Generator | None = None
         self._windows = 0
         self._thinking_ends: tuple[int, ...] = ()
@@ -644,9 +647,14 @@ class TokenGRPOTrainer(SeamTrainer):
     # Evaluation, state, checks
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """GRPOTrainer's evaluation under a random state of its own: it never changes what is trained."""
+        """`evaluation`, or GRPOTrainer's loop, under a random state of its own: it never changes what is trained."""
         with forked_rng(self.args.seed):
-            return super().evaluate(*args, **kwargs)
+            if self.evaluation is None:
+                return super().evaluate(*args, **kwargs)
+            found = {f"eval_{name}": value for name, value in self.evaluation(self).items()}
+        self.log_apart(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def checkpoint_state(self) -> dict[str, Any]:
         """Stage state, the prompt stream's cursor, and what control stages have set and know of the last window."""

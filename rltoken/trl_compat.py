@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
@@ -328,6 +329,10 @@ class SeamTrainer(VLLMTrainer):
         """Log a number of this window; TRL averages over the windows of a logging step."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
 
+    def log_apart(self, logs: dict[str, float]) -> None:
+        """Log numbers without what the windows since the last log have gathered: GRPOTrainer would log that too."""
+        super(GRPOTrainer, self).log(logs)
+
     def last_metric(self, name: str) -> float:
         """The value of a metric that the window just made has logged."""
         return self._metrics["train"][name][-1]
@@ -474,7 +479,12 @@ class SeamTrainer(VLLMTrainer):
         """Whether `head` can be had: logits linear in the hidden state, whole weights on every rank."""
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()
         changed = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES)
-        return not (changed or self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        return not (changed or self.splits_weights)
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether each rank holds a part of the weights only."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     @property
     def runs_tools(self) -> bool:

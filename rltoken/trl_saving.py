@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import io
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -300,9 +301,13 @@ class SavingTrainer(GRPOTrainer):
     @functools.cached_property
     def _belongings(self) -> dict[str, str | None]:
         """Digests of what a checkpoint does not hold: the data, and weights that are not trained."""
-        data = {"data": self.train_dataset, "eval_data": self.eval_dataset}
+        apart = self.eval_dataset
+        data = {"data": [self.train_dataset], "eval_data": [*apart.values()] if isinstance(apart, dict) else [apart]}
         digests = {
-            name: identity.digest_of_rows(rows) if isinstance(rows, Dataset) else None for name, rows in data.items()
+            name: identity.digest_of_rows(itertools.chain(*parts))
+            if all(isinstance(p, Dataset) for p in parts)
+            else None
+            for name, parts in data.items()
         }
         return digests | {"frozen": self._frozen_digest()}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure what `rltoken.evals` claims of its intervals, of pass@k and of the paired test, on data whose truth is known.
 
-    python scripts/coverage.py                        # the tables in docs/metrics.md, two minutes on one core
+    python scripts/coverage.py                        # the tables in docs/evaluation.md, two minutes on one core
     python scripts/coverage.py --simulations 100000   # the same with less noise
 
 Each simulated evaluation draws the difficulty of every problem from a beta distribution of the given mean accuracy and

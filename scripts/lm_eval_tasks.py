@@ -71,7 +71,14 @@ def task(cfg: DictConfig, local: Path | None) -> dict[str, Any]:
                 ],
             }
         ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "regexes_to_ignore": [r"\$", r"\s"],  # gold answers of OlympiadBench stand between dollar signs
+            }
+        ],
         "metadata": {"version": 1.0},
     }
 

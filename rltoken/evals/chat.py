@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rltoken.errors import UserError
 from rltoken.rollout.completions import answers
 from rltoken.signals import thinking_length
 
@@ -69,7 +70,7 @@ class ChatGenerator:
 
         Raises:
             SamplerLost: the server is gone or stands still.
-            UserError: it refuses a request.
+            UserError: it refuses a request, or answers with something else than a message.
         """
         payloads = [
             self._common | {"messages": list(messages), "max_tokens": max_new_tokens, "seed": seed % 2**31}
@@ -87,7 +88,9 @@ class ChatGenerator:
 
     def _reply(self, answer: Mapping[str, Any]) -> Reply:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        message = choice["message"]
+        message = choice.get("message")
+        if message is None:
+            raise UserError(f"server: {self._url} answers with no message: {str(choice)[:200]}")
         thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         content = message.get("content") or ""
         ended = self._think_end if thinking and content else None

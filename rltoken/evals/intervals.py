@@ -12,8 +12,8 @@ variance (with P - 1) of those, and t the quantile of Student's distribution wit
 
 m (1 - m) is the variance of problems that are always right or always wrong, so n is P where samples of a problem always
 agree, and more where they do not (Korn and Graubard, Survey Methodology 24, 1998, for surveys). `a` is ours: near 0
-and 1 the few problems that differ say little about v, and it pulls n to P there. docs/metrics.md has the coverage that
-was measured, and what else was tried.
+and 1 the few problems that differ say little about v, and it pulls n to P there. docs/evaluation.md has the coverage
+that was measured, and what else was tried.
 """
 
 from __future__ import annotations

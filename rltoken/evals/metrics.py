@@ -4,13 +4,13 @@
     rltoken.evals.efficiency   area, normalised regret, tokens to reach an accuracy, E3: accuracy against tokens
     rltoken.evals.intervals    intervals clustered by problem, and the paired test of two evaluations
 
-docs/metrics.md has each definition as a formula, and how to quote it.
+docs/evaluation.md has each definition as a formula, and how to quote it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,20 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         "forced_outcomes": counted(table, [f"{OUTCOME}@{budget}" for budget in budgets_of(table)]),
         "problem_accuracy": dict(zip(names, by_problem(table, "correct"), strict=True)),
         "problem_thinking_tokens": dict(zip(names, by_problem(table, "thinking_tokens"), strict=True)),
+    }
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """What `summary` gives as single numbers: those that are ones, `correct@B`, `pass@k` and `maj@k`.
+
+    Args:
+        metrics: from `summary`.
+    """
+    lists = ((AT_BUDGET, "budgets", "budget_accuracy"), ("pass@", "k", "pass_at_k"), ("maj@", "k", "majority_at_k"))
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) or value is None} | {
+        f"{name}{place}": value
+        for name, places, values in lists
+        for place, value in zip(metrics.get(places, ()), metrics.get(values, ()), strict=False)
     }
 
 

@@ -107,7 +107,7 @@ def answers(
 
     Raises:
         SamplerLost: the server cannot be reached or made no progress for so long.
-        UserError: the server refuses a request.
+        UserError: the server refuses a request, or answers with something else than a completion.
     """
     return asyncio.run(_answers(url, payloads, patience, key, metrics, headers))
 
@@ -160,7 +160,12 @@ async def _one(
         raise UserError(f"{key}: {_server(url)} refuses a request: {_text(body, 300)}")
     watch.done += 1
     watch.progressed()
-    return json.loads(body)
+    try:
+        answer = json.loads(body)
+        answer["choices"][0]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{key}: {_server(url)} answers with no completion: {_text(body, 300)}") from error
+    return answer
 
 
 async def _guard(session: aiohttp.ClientSession, metrics: str | None, watch: Watch, patience: float) -> None:

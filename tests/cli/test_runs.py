@@ -145,21 +145,6 @@ def test_a_resumed_run_keeps_its_evaluation_before_training(cli, monkeypatch):
     assert json.loads((folder / "report.json").read_text()) == report
 
 
-def test_evaluation_between_steps_changes_no_weight(cli):
-    settings = ("+exp=forced_answer", "eval.before=false", "eval.after=false")
-    plain = cli(*settings, "name=plain").runs / "plain"
-    between = ("trainer.eval_strategy=steps", "trainer.eval_steps=1", "trainer.per_device_eval_batch_size=4")
-    found = cli(*settings, "name=between", *between)
-    assert found.status == 0, found.err
-    metrics = [json.loads(line) for line in (found.runs / "between/metrics.jsonl").read_text().splitlines()]
-    assert any("eval_reward" in line for line in metrics)
-    weights = [
-        AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
-        for folder in (plain, found.runs / "between")
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 def test_multirun_gives_every_job_its_own_directory(cli):
     found = cli("+exp=grpo", "seed=1,2", "eval.before=false", "eval.after=false", "--multirun")
     assert found.status == 0, found.err

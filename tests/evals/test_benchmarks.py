@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rltoken import config, parts
 from rltoken.errors import UserError
-from rltoken.evaluate import TOP_LEVEL, check_count
+from rltoken.evaluate import TOP_LEVEL
 from rltoken.models import load_tokenizer
 from rltoken.tiny import warm_start
 
@@ -58,7 +58,7 @@ def tokenizer(tmp_path_factory):
 def test_every_problem_of_a_local_file_is_there(data_dir, tokenizer, name, count, first, gold):
     cfg = composed(f"eval={name}", f"data.eval_path={data_dir / FILES[name]}")
     found = parts.problems(cfg.data, "eval", tokenizer)
-    check_count(cfg, len(found))
+    parts.check_count(cfg, len(found))
     assert len(found) == count == len(set(found["id"]))
     (turn,) = found[0]["prompt"]
     assert turn["role"] == "user" and turn["content"].startswith(first) and turn["content"].endswith(ASK)
@@ -145,17 +145,17 @@ def test_columns_as_the_hub_has_them(tmp_path, tokenizer):
 def test_a_benchmark_of_which_problems_are_missing_is_refused(found, overrides, refused):
     cfg = composed("eval=aime24", *overrides)
     if not refused:
-        return check_count(cfg, found)
+        return parts.check_count(cfg, found)
     with pytest.raises(UserError, match=r"^eval\.count: aime24 has 30 problems, and 29 were found; .*eval\.count=null"):
-        check_count(cfg, found)
+        parts.check_count(cfg, found)
 
 
 def test_both_numbers_of_olympiadbench_pass():
     cfg = composed("eval=olympiadbench")
-    check_count(cfg, 674)
-    check_count(cfg, 675)
+    parts.check_count(cfg, 674)
+    parts.check_count(cfg, 675)
     with pytest.raises(UserError, match="has 674 or 675 problems"):
-        check_count(cfg, 673)
+        parts.check_count(cfg, 673)
 
 
 @pytest.mark.parametrize("value", ["0.0", "1.5", "-1"])

@@ -91,6 +91,22 @@ def test_refusals(cli, asked, told):  # noqa: F811
     assert found.status == 2 and told in found.err and found.err.count("\n") == 1, found.err
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ('{"choices": []}', "answers with no completion"),
+        ("<html>welcome</html>", "answers with no completion: <html>"),
+        ("[]", "answers with no completion"),
+        ('{"choices": [{"text": "4"}]}', "answers with no message"),
+    ],
+)
+def test_an_answer_that_is_none_is_told(cli, body, told):  # noqa: F811
+    with server(lambda handler, payload, number: send(handler, 200, body)) as url:
+        found = cli.evaluate(*SHORT, f"server={url}/v1")
+    assert found.status == 2 and found.err.startswith(f"error: server: {url}/v1"), found.err
+    assert told in found.err and found.err.count("\n") == 1
+
+
 def test_what_the_server_refuses_is_told_under_its_key(cli):  # noqa: F811
     with server(lambda handler, payload, number: send(handler, 404, "no such model")) as url:
         found = cli.evaluate(*SHORT, f"server={url}/v1")

@@ -182,7 +182,7 @@ def test_the_script_prints_its_three_tables():
     command = [sys.executable, ROOT / "scripts/coverage.py", "--simulations", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
-    documented = (ROOT / "docs/metrics.md").read_text(encoding="utf-8").splitlines()
+    documented = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").splitlines()
     heads = [line for line, below in pairwise(found) if below.startswith("| ---")]
     assert len(heads) == 3 and all(head in documented for head in heads)
     assert len(found) == 16 + 5 + 9 + 3 * 3 and not found[0]

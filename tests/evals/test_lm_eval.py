@@ -1,10 +1,12 @@
-"""The tasks for lm-evaluation-harness: valid YAML that gives word for word the prompts of rltoken."""
+"""The tasks for lm-evaluation-harness and lighteval give word for word the prompts of rltoken."""
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -60,3 +62,44 @@ def test_the_last_box_is_what_is_compared(tasks):
     pattern = tasks["rltoken_math500"]["filter_list"][0]["filter"][0]["regex_pattern"]
     text = "First \\boxed{1}, then \\boxed{\\left( 3, \\frac{\\pi}{\\sqrt{2}} \\right)}."
     assert re.findall(pattern, text) == ["1", "\\left( 3, \\frac{\\pi}{\\sqrt{2}} \\right)"]
+
+
+@pytest.fixture
+def lighteval_tasks(monkeypatch, tmp_path):
+    """The tasks of scripts/lighteval_tasks.py by name, with records in the place of lighteval's classes."""
+    made = {
+        "lighteval.metrics.metrics": {
+            "Metrics": SimpleNamespace(avg_at_n_math=lambda sample_params: sample_params["n"])
+        },
+        "lighteval.tasks.lighteval_task": {"LightevalTaskConfig": SimpleNamespace},
+        "lighteval.tasks.requests": {"Doc": SimpleNamespace},
+    }
+    for name, content in made.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "math500").mkdir()
+    (tmp_path / "math500/test.jsonl").write_text("{}")
+    monkeypatch.setenv("RLTOKEN_TASK_DATA", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("lighteval_tasks", ROOT / "scripts/lighteval_tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {task.name: task for task in module.TASKS_TABLE}
+
+
+def test_lighteval_has_the_same_tasks(lighteval_tasks, tmp_path):
+    assert sorted(lighteval_tasks) == [f"rltoken_{name}" for name in NAMES]
+    aime, gsm8k = lighteval_tasks["rltoken_aime24"], lighteval_tasks["rltoken_gsm8k"]
+    assert (aime.hf_repo, aime.evaluation_splits, aime.metrics) == ("HuggingFaceH4/aime_2024", ["train"], [64])
+    assert (gsm8k.hf_repo, gsm8k.hf_subset, gsm8k.metrics) == ("openai/gsm8k", "main", [1])
+    assert lighteval_tasks["rltoken_math500"].hf_repo == str(tmp_path / "math500")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_prompt_for_lighteval_is_the_same(lighteval_tasks, tmp_path, name):
+    row, gold = ROWS[name]
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    ours = load(path=str(tmp_path / "own.jsonl"), template=composed(f"eval={name}").data.template)
+    doc = lighteval_tasks[f"rltoken_{name}"].prompt_function(row, "task")
+    assert doc.query == ours[0]["prompt"][0]["content"]
+    assert doc.choices == [f"\\boxed{{{gold}}}"]

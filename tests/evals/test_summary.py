@@ -40,7 +40,7 @@ def printed(*summaries):
     """What the comparison of several summaries looks like."""
     stream = io.StringIO()
     named = dict(zip("xyz", summaries, strict=False))
-    report.show_comparison(named, Console(file=stream, width=200))
+    report.show_comparison(named, console=Console(file=stream, width=200))
     return stream.getvalue()
 
 

@@ -33,6 +33,9 @@ def test_several_benchmarks_are_a_sweep(cli, files):  # noqa: F811
         assert results["models"]["tiny"]["problems"] == 2 and results["models"]["tiny"]["samples"] == 4
         assert pd.read_csv(folder / "summary.csv")["benchmark"].tolist() == [name]
         assert f"{name}: 2 samples a problem, temperature 0.6, top-p 0.95, at most 8 tokens" in found.out
+    table = pd.read_csv(found.cwd / "evaluations/summary.csv")
+    assert table[["benchmark", "model"]].values.tolist() == [["aime24", "tiny"], ["aime25", "tiny"]]
+    assert "2 benchmarks" in found.out and "all of them: evaluations/summary.csv" in found.out
     again = cli.evaluate(*command)
     assert again.status == 0 and again.out.count("finished already") == 2
 

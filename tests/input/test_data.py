@@ -160,6 +160,8 @@ def test_a_missing_column_is_told_with_the_columns_there_are(tmp_path):
     told = "data.columns.answer: the data set has no column 'answer'; it has: question, solutions. "
     assert refused(path=path, columns={"answer": "answer"}).startswith(told)
     assert refused(path=path).endswith("Set data.columns.answer=solutions.")
+    bare = write(tmp_path / "bare.jsonl", [{"id": "a", "question": "1 + 1?"}])
+    assert refused(path=bare).endswith("it has: id, question. Add it to the file.")
     assert refused(path=path, columns={"prompt": "questions"}).endswith("Set data.columns.prompt=question.")
     assert refused(path=path, columns={"answer": "solutions", "id": "key"}).startswith("data.columns.id: ")
 

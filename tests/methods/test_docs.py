@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
 METHODS = ROOT / "docs/methods/README.md"
 REWARDS = ROOT / "docs/rewards.md"
-METRICS = ROOT / "docs/metrics.md"
+EVALUATION = ROOT / "docs/evaluation.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-BENCHMARKS = ROOT / "docs/benchmarks.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, METRICS, BENCHMARKS]
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 

@@ -13,7 +13,7 @@ from tests.cli.conftest import TINY
 from tests.trl.conftest import WALL_CLOCK
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES = {"time", *WALL_CLOCK, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+TIMES = {"time", *WALL_CLOCK}
 """Fields of metrics.jsonl that hold wall-clock times."""
 PHASES = {
     "generation": "rltoken.trl_compat.SeamTrainer._generate_single_turn",

@@ -133,9 +133,9 @@ def test_settings_that_make_no_sense_are_refused(cli, setting):
     assert found.status == 2 and found.err.startswith(f"error: trainer.{setting.partition('=')[0]}: ")
 
 
-EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=1", "trainer.per_device_eval_batch_size=4")
+EVALUATED = ("trainer.eval_strategy=steps", "trainer.eval_steps=1", "eval.during.samples=1")
 EPOCHS = ("trainer.logging_strategy=epoch", "data.train.n=4")  # of two steps each
-BEST = ("trainer.save_strategy=best", "trainer.metric_for_best_model=num_tokens", "trainer.greater_is_better=false")
+BEST = ("trainer.save_strategy=best", "trainer.metric_for_best_model=own/problems", "trainer.greater_is_better=false")
 
 
 @pytest.mark.parametrize(

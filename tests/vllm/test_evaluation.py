@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from rltoken import models, train
+from rltoken import models
 from rltoken.adapters import base_name
 from rltoken.errors import UserError
+from rltoken.evals import during
 from rltoken.evals.engine import engine
 from rltoken.evals.generate import Settings, evaluate
 from rltoken.evals.generators import TransformersGenerator, VllmGenerator, ends_of
@@ -192,7 +193,7 @@ class TestAnEngine:
 
 def own(trainer, prompts, **changes):
     """Completions of 12 tokens by the generator of the evaluations before and after training."""
-    with train.generating(trainer, settings_of(**changes)) as generator:
+    with during.generating(trainer, settings_of(**changes)) as generator:
         return generator.complete(prompts, 12, (), range(len(prompts)))
 
 
@@ -229,7 +230,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(make, tiny, tmp_path, lor
                 weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
         if evaluated:
             left_alone = torch.get_rng_state(), trainer._calls, trainer.state.num_input_tokens_seen, trainer._metrics
-            with train.generating(trainer, settings_of()) as by:
+            with during.generating(trainer, settings_of()) as by:
                 evaluate(
                     by, trainer.processing_class, tiny[2].select(range(8)), accuracy, trainer.template, settings_of()
                 )
@@ -252,6 +253,25 @@ def test_training_goes_on_as_if_nothing_had_been_asked(make, tiny, tmp_path, lor
 
 
 # From the command line
+
+
+def test_evaluations_between_steps_change_nothing(cli):
+    settings = ("+exp=grpo", "rollout=vllm_colocate", "eval.before=false", "eval.after=false", "trainer.max_steps=3")
+    assert cli(*settings, "name=plain").status == 0
+    during = (
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=1",
+        "eval.during.samples=2",
+        "eval.during.budgets=[4,16]",
+    )
+    found = cli(*settings, *during, "name=between")
+    assert found.status == 0, found.err
+    plain, between = (
+        AutoModelForCausalLM.from_pretrained(found.runs / name / "final").state_dict() for name in ("plain", "between")
+    )
+    assert all(torch.equal(value, between[name]) for name, value in plain.items())
+    table = pd.read_parquet(found.runs / "between/evaluations/own/step-000003.parquet")
+    assert len(table) == 8 and {"correct@4", "correct@16"} <= set(table.columns)
 
 
 def test_a_run_an_adapter_and_a_model(cli):
