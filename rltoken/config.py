@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from rltoken.errors import UserError, first_line, nearest
+from rltoken.ranges import Range
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -83,6 +84,15 @@ class DuringSchema:
 
 
 @dataclasses.dataclass
+class SelfRewardSchema:
+    """The keys of `eval.self_reward` with their types."""
+
+    reference: Optional[float] = None  # noqa: UP045  (OmegaConf needs the old form)
+    scale: float = 0.1
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass
 class EvalSchema:
     """The keys of `eval` with their types."""
 
@@ -101,6 +111,7 @@ class EvalSchema:
     max_answer_tokens: int = 128
     seed: int = 1234
     during: DuringSchema = dataclasses.field(default_factory=DuringSchema)
+    self_reward: SelfRewardSchema = dataclasses.field(default_factory=SelfRewardSchema)
 
 
 @dataclasses.dataclass
@@ -141,6 +152,7 @@ def trainer_schema() -> type:
 SCHEMAS: Mapping[str, Callable[[], type]] = {
     "eval": lambda: EvalSchema,
     "eval.during": lambda: DuringSchema,
+    "eval.self_reward": lambda: SelfRewardSchema,
     "rollout": lambda: RolloutSchema,
     "trainer": trainer_schema,
 }
@@ -390,6 +402,7 @@ def check_values(cfg: DictConfig) -> None:
     _check_budgets(cfg, "eval.during")
     if not 0 < cfg.eval.top_p <= 1:
         raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
+    _check_self_reward(cfg)
     _check_forced(cfg.model.forced)
     if "method" in cfg and cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:
         raise UserError(
@@ -420,6 +433,33 @@ def _check_budgets(cfg: DictConfig, key: str) -> None:
         raise UserError(
             f"{key}.budgets: a budget of {points[-1]} tokens is more than a completion may have; lower it, or raise "
             f"{key}.max_new_tokens={section.max_new_tokens}."
+        )
+
+
+def _check_self_reward(cfg: DictConfig) -> None:
+    """Refuse settings of self-rewards that are none, or that what samples cannot give."""
+    asked = cfg.eval.self_reward
+    if asked.reference is None:
+        return
+    for key, allowed in (("reference", Range()), ("scale", Range(above=0)), ("temperature", Range(above=0))):
+        try:
+            allowed(asked[key])
+        except ValueError as error:
+            raise UserError(f"eval.self_reward.{key}: {error}.") from error
+    if cfg.model.get("appended") is None:
+        raise UserError(
+            "model.appended: a self-reward is the probability of a token that the model never writes; set one of its "
+            "tokenizer, or set eval.self_reward.reference=null."
+        )
+    if cfg.get("server"):
+        raise UserError(
+            "eval.self_reward.reference: chat completions give no log-probability of a token of one's choice; set it "
+            "to null, or leave server out and set rollout=vllm_server for a vLLM server."
+        )
+    if cfg.trainer.use_vllm and asked.temperature != 1:
+        raise UserError(
+            f"eval.self_reward.temperature: vLLM gives log-probabilities of a prompt at temperature 1, and not at "
+            f"{asked.temperature:g}; set rollout=hf, or set it to 1 with a reference measured there."
         )
 
 

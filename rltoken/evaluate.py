@@ -71,12 +71,17 @@ FINISHED: list[Path] = []
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a model is evaluated with, but for itself: where it is, problems, and what the results will belong to."""
+    """What a model is evaluated with, but for itself.
+
+    Where it is, its tokenizer, the problems, what the results will belong to, and the token that self-rewards are read
+    from, None where none are asked for.
+    """
 
     path: str
     tokenizer: PreTrainedTokenizerBase | None
     problems: Dataset
     facts: dict[str, Any]
+    appended: int | None
 
 
 @dataclass(frozen=True)
@@ -346,6 +351,7 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
         tokenizer = None if where is None else parts.tokenizer(cfg.model, where)
         if tokenizer is None and cfg.data.get("max_prompt_tokens") is not None:
             raise UserError("tokenizer: data.max_prompt_tokens counts by one; set tokenizer=FOLDER_OR_HUB_ID.")
+        appended = None if cfg.eval.self_reward.reference is None else parts.appended(cfg.model, tokenizer)
         problems = parts.problems(cfg.data, "eval", tokenizer)
         parts.check_count(cfg, len(problems))
         problems = parts.first(problems, cfg.eval.limit)
@@ -367,7 +373,7 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
     }
     if by != "chat" and adapters.is_adapter(path):
         facts["frozen"] = identity.digest_of_model(parts.base_of(cfg.model, path))
-    return Prepared(path, tokenizer, problems, facts)
+    return Prepared(path, tokenizer, problems, facts, appended)
 
 
 def shards_of(subject: Subject, folder: Path) -> Path:
@@ -386,7 +392,7 @@ def evaluated(subject: Subject, prepared: Prepared, folder: Path, state: Partial
     done, batches = folder / f"{subject.name}.parquet", shards_of(subject, folder)
     if done.exists() and batches.exists():
         return pd.read_parquet(done)
-    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens)
+    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens, prepared.appended)
     scratch = folder / f".{subject.name}.merged"
     with generating(cfg, prepared.path, tokenizer, settings, state, scratch) as generator:
         with state.main_process_first():

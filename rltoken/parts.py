@@ -134,6 +134,26 @@ def correctness(funcs: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     return list(funcs.values())[signals.correctness(list(funcs))]
 
 
+def with_answers(table: pd.DataFrame, section: DictConfig) -> pd.DataFrame:
+    """The table with the final answer of each completion, and the number of its class among those of its problem.
+
+    Args:
+        table: with `id` and `text`.
+        section: the section `reward`, which says how answers are read and which are equal.
+
+    Returns:
+        With `answer` (text, None where there is none) and `answer_class` (from 0 in order of appearance, -1 where there
+        is no answer), each where the section says how.
+    """
+    read, classes = answer(section), rewards(section)[2]
+    texts = table["text"].tolist()
+    if read is not None:
+        table = table.assign(answer=[read(text) for text in texts])
+    if classes is not None:
+        table = table.assign(answer_class=classes(texts, table.groupby("id", sort=False).ngroup().tolist()))
+    return table
+
+
 def problems(section: DictConfig, role: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The problems of a role (train or eval) by the section `data`, none with a longer prompt than allowed."""
     longest = section.get("max_prompt_tokens")
@@ -159,23 +179,3 @@ def check_count(cfg: DictConfig, found: int) -> None:
 def first(dataset: Dataset, limit: int | None) -> Dataset:
     """At most `limit` problems, from the first on."""
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
-
-
-def with_answers(table: pd.DataFrame, section: DictConfig) -> pd.DataFrame:
-    """The table with the final answer of each completion, and the number of its class among those of its problem.
-
-    Args:
-        table: with `id` and `text`.
-        section: the section `reward`, which says how answers are read and which are equal.
-
-    Returns:
-        With `answer` (text, None where there is none) and `answer_class` (from 0 in order of appearance, -1 where there
-        is no answer), each where the section says how.
-    """
-    read, classes = answer(section), rewards(section)[2]
-    texts = table["text"].tolist()
-    if read is not None:
-        table = table.assign(answer=[read(text) for text in texts])
-    if classes is not None:
-        table = table.assign(answer_class=classes(texts, table.groupby("id", sort=False).ngroup().tolist()))
-    return table

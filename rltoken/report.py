@@ -19,6 +19,14 @@ from rltoken.evals.efficiency import tokens_to_reach
 from rltoken.evals.intervals import compare, told
 
 ROWS = (
+    ("weighted majority", "weighted_majority", "{:.3f}"),
+    ("majority by mean log-prob", "mean_logp_majority", "{:.3f}"),
+    ("self-reward, accuracy", "self_reward_accuracy", "{:.3f}"),
+    ("self-reward, F1", "self_reward_f1", "{:.3f}"),
+    ("self-reward, AUROC", "self_reward_auroc", "{:.3f}"),
+    ("mean log-prob, AUROC", "mean_logp_auroc", "{:.3f}"),
+    ("appended log-prob, mean", "appended_logp", "{:.2f}"),
+    ("appended log-prob, std", "appended_logp_std", "{:.2f}"),
     ("anytime accuracy", "anytime_accuracy", "{:.3f}"),
     ("accuracy at the last budget", "final_accuracy", "{:.3f}"),
     ("thinking tokens, mean", "thinking_tokens", "{:.1f}"),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rltoken import adapters, models
 from rltoken.errors import UserError, first_line
-from rltoken.rollout.completions import complete
+from rltoken.rollout.completions import prompt_logps
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -70,17 +70,7 @@ class Server:
             SamplerLost: the server is gone or stands still.
             UserError: it refuses a request, as where prompt and completion are longer than it serves.
         """
-        rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
-        # the one token that has to be sampled counts towards the length that is served
-        common = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        payloads = [common | {"prompt": row} for row in rows]
-        choices, _ = complete(self.url, payloads, patience=self._patience, key="teacher.url")
-        return [
-            [place[str(token)]["logprob"] for place, token in zip(scored[len(prompt) :], ids, strict=True)]
-            for scored, prompt, ids in zip(
-                (choice["prompt_logprobs"] for choice in choices), prompts, completions, strict=True
-            )
-        ]
+        return prompt_logps(self.url, prompts, completions, patience=self._patience, key="teacher.url")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""

@@ -319,6 +319,7 @@ def evaluated(
     """
     import pandas as pd
 
+    from rltoken import parts
     from rltoken.evals.during import generating
     from rltoken.evals.generate import evaluate, settings_of
     from rltoken.evals.metrics import summary
@@ -326,7 +327,7 @@ def evaluated(
     path = folder / f"evaluation_{phase}.parquet"
     if found := from_first_rank(str(path) if known and path.exists() else None):
         return summary(pd.read_parquet(found)) if trainer.accelerator.is_main_process else {}
-    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens)
+    settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens, trainer.appended_id)
     with generating(trainer, settings) as generator:
         table = evaluate(
             generator,
@@ -338,6 +339,8 @@ def evaluated(
             label=f"evaluation {phase} training",
         )
     if trainer.accelerator.is_main_process:
+        if settings.self_reward and settings.samples > 1:  # they weigh votes
+            table = parts.with_answers(table, cfg.reward)
         partial = path.with_suffix(".partial")
         table.to_parquet(partial)
         partial.replace(path)

@@ -25,7 +25,26 @@ from rltoken import identity
 from rltoken.evals.intervals import mean_interval, paired_interval
 from rltoken.report import curves as draw
 
-METRICS = {"accuracy": ".3f", "anytime_accuracy": ".3f", "final_accuracy": ".3f", "thinking_tokens": ".1f"}
+METRICS = {
+    "accuracy": ".3f",
+    "anytime_accuracy": ".3f",
+    "final_accuracy": ".3f",
+    "thinking_tokens": ".1f",
+    "majority_at_k": ".3f",
+    "weighted_majority": ".3f",
+    "mean_logp_majority": ".3f",
+    "self_reward_accuracy": ".3f",
+    "self_reward_f1": ".3f",
+    "self_reward_auroc": ".3f",
+    "mean_logp_auroc": ".3f",
+}
+"""Numbers that are shown where every report has them -> how; of those at several k, that of all samples."""
+AGAINST = (
+    ("weighted_majority", "majority_at_k"),
+    ("weighted_majority", "mean_logp_majority"),
+    ("self_reward_auroc", "mean_logp_auroc"),
+)
+"""Numbers of one evaluation that are compared with each other."""
 SEEDS = {"seed", "model.seed", "model.source.seed"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""
@@ -58,12 +77,19 @@ def read(folders):
         label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
         if values["seed"] in settings[label]:
             sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
-        settings[label][values["seed"]] = report
+        settings[label][values["seed"]] = {phase: of_all_samples(report[phase]) for phase in ("before", "after")}
     if len(set(labels.values())) < len(labels):
         sys.exit("two settings would have the same label: give the runs names that say how they differ")
     if not settings:
         sys.exit("no finished run among these folders")
     return settings
+
+
+def of_all_samples(numbers):
+    """The numbers of an evaluation, of those at several k that at the last one alone."""
+    return {
+        name: value[-1] if name in METRICS and isinstance(value, list) else value for name, value in numbers.items()
+    }
 
 
 def difference(after, before, form):
@@ -76,7 +102,7 @@ def each_setting(settings, metrics):
     """Before, after and their paired difference of every setting."""
     table = Table(title="before and after; ± is the half width of the 95 % t interval over seeds")
     for column in ("setting", "seeds", "", *metrics):
-        table.add_column(column, justify="left" if column in ("setting", "") else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column in ("setting", "") else "right")
     for label, reports in settings.items():
         values = {phase: {m: [r[phase][m] for r in reports.values()] for m in metrics} for phase in ("before", "after")}
         for phase, name in (("before", label), ("after", "")):
@@ -91,7 +117,7 @@ def each_pair(settings, metrics):
     """The difference after training of every two settings, over the seeds that both have."""
     table = Table(title="after training, paired over the seeds that both settings have")
     for column in ("difference", "seeds", *metrics):
-        table.add_column(column, justify="left" if column == "difference" else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column == "difference" else "right")
     for one, other in itertools.combinations(settings, 2):
         seeds = sorted(settings[one].keys() & settings[other].keys())
         if not seeds:
@@ -99,6 +125,21 @@ def each_pair(settings, metrics):
         values = [[[settings[label][s]["after"][m] for s in seeds] for label in (one, other)] for m in metrics]
         cells = [difference(*pair, METRICS[metric]) for pair, metric in zip(values, metrics, strict=True)]
         table.add_row(f"{one} - {other}", str(len(seeds)), *cells)
+    return table
+
+
+def each_against(settings, pairs):
+    """The difference of two numbers of one evaluation, before and after training."""
+    table = Table(title="of one evaluation, paired over seeds")
+    for column in ("setting", "difference", "seeds", "before", "after"):
+        table.add_column(column, justify="left" if column in ("setting", "difference") else "right")
+    for label, reports in settings.items():
+        for one, other in pairs:
+            cells = [
+                difference(*([report[phase][name] for report in reports.values()] for name in (one, other)), ".3f")
+                for phase in ("before", "after")
+            ]
+            table.add_row(label, f"{one} - {other}", str(len(reports)), *cells)
     return table
 
 
@@ -121,11 +162,14 @@ def main() -> None:
     options = parser.parse_args()
     settings = read(options.runs)
     reports = [report for runs in settings.values() for report in runs.values()]
-    metrics = [metric for metric in METRICS if all(metric in report["after"] for report in reports)]
-    console = Console(width=160)
+    phases = [report[phase] for report in reports for phase in ("before", "after")]
+    metrics = [metric for metric in METRICS if all(phase.get(metric) is not None for phase in phases)]
+    console = Console(width=max(160, 40 + 17 * len(metrics)))
     console.print(each_setting(settings, metrics))
     if len(settings) > 1:
         console.print(each_pair(settings, metrics))
+    if pairs := [pair for pair in AGAINST if set(pair) <= set(metrics)]:
+        console.print(each_against(settings, pairs))
     if options.picture and "anytime_accuracy" not in metrics:
         sys.exit("--picture: no answers were forced at budgets in some of the runs, so there are no curves")
     if options.picture:

@@ -240,7 +240,7 @@ def loaded(name: str, cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Be
         problems,
         parts.correctness(parts.rewards(cfg.reward)[0]),
         cfg.reward,
-        settings_of(cfg.eval, cfg.rollout.max_thinking_tokens),
+        settings_of(cfg.eval, cfg.rollout.max_thinking_tokens, parts.appended(cfg.model, tokenizer)),
     )
 
 

@@ -29,6 +29,8 @@ from rltoken.evals.chat import ChatGenerator
 from rltoken.evals.generators import Generator
 from rltoken.evals.metrics import AT_BUDGET, MALFORMED, OUTCOME, UNGRADED
 from rltoken.evals.shards import read, write
+from rltoken.evals.verification import APPENDED, MEAN_LOGP, SELF_REWARD
+from rltoken.methods.last_token import self_reward
 from rltoken.rewards.outcomes import Outcome
 from rltoken.rng import forked_rng, request_seed
 from rltoken.rollout.forced import Prefix, in_tokens, prefixes, thinking_part, well_formed
@@ -37,6 +39,23 @@ from rltoken.types import Template
 
 Graded = tuple[float, str]
 """Correctness, and what became of the grading (`rltoken.rewards.outcomes`)."""
+
+
+@dataclass(frozen=True)
+class SelfReward:
+    """How to read what a model holds of its own completions (LaSeR, `rltoken.methods.last_token.self_reward`).
+
+    Args:
+        token: the id of the token whose log-probability right after a completion says it.
+        reference: that log-probability before training.
+        scale: self-reward per nat.
+        temperature: by which logits are divided, that of training; 1 where vLLM samples.
+    """
+
+    token: int
+    reference: float
+    scale: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ class Settings:
         seed: of the sampling.
         top_p: sample from the most probable tokens that hold this share of the probability.
         chunk: completions that are asked for at once, at most, where each has a random stream of its own.
+        self_reward: have the model judge its completions too; None: not.
     """
 
     samples: int
@@ -63,6 +83,7 @@ class Settings:
     max_answer_tokens: int = 128
     top_p: float = 1.0
     chunk: int = 512
+    self_reward: SelfReward | None = None
 
 
 @dataclass
@@ -73,15 +94,25 @@ class Cost:
     prefilled: int = 0
 
 
-def settings_of(config: Mapping[str, Any], longest: int) -> Settings:
-    """The settings in the section `eval` of the configuration; `longest` is what fractional budgets are shares of.
+def settings_of(config: Mapping[str, Any], longest: int, appended_id: int | None = None) -> Settings:
+    """The settings in the section `eval` of the configuration.
+
+    Args:
+        config: the section.
+        longest: what fractional budgets are shares of.
+        appended_id: the token that self-rewards are read from; not read where none are asked for.
 
     Raises:
         ValueError: budgets that are not ascending.
     """
-    names = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "budgets")
+    names = {field.name for field in dataclasses.fields(Settings)} - {"budgets", "self_reward"}
     budgets = in_tokens(config["budgets"], longest) if config["budgets"] else ()
-    return Settings(**{name: config[name] for name in names}, budgets=tuple(budgets))
+    asked = config["self_reward"]
+    return Settings(
+        **{name: config[name] for name in names},
+        budgets=tuple(budgets),
+        self_reward=None if asked["reference"] is None else SelfReward(appended_id, **asked),
+    )
 
 
 def evaluate(
@@ -112,13 +143,15 @@ def evaluate(
 
     Returns:
         One row per sample, on every process: id, sample, correct (0 or 1), outcome, thinking_tokens, completion_tokens,
-        truncated, text, `correct@B` and `outcome@B` for every budget B; and what it cost, forced answers included:
-        sampled_tokens and, where the generator counts them, prefilled_tokens.
+        truncated, text, `correct@B` and `outcome@B` for every budget B; where self-rewards are asked for self_reward,
+        appended_logp and mean_logp (nats; of a completion with the token that ended it; NaN of one that was cut); and
+        what it cost, forced answers included: sampled_tokens and, where the generator counts them, prefilled_tokens.
 
     Raises:
         UserError: there are budgets and the template forces nothing.
     """
-    assert not (settings.budgets and isinstance(generator, ChatGenerator)), "chat completions cannot be cut"
+    by_messages = isinstance(generator, ChatGenerator)
+    assert not (by_messages and (settings.budgets or settings.self_reward)), "chat completions are texts alone"
     if settings.budgets and not template.cut:
         raise UserError(
             "model.forced.header: nothing would make the model answer where its thinking is cut; set it or "
@@ -178,6 +211,7 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     at_budgets = _at_budgets(
         generator, tokenizer, reward, template, settings, batch, examples, prompts, completions, costs
     )
+    judged = _self_rewards(generator, settings.self_reward, prompts, completions)
     return [
         {
             "id": example["id"],
@@ -190,13 +224,29 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
             "text": plain_text(text),
             **{f"{AT_BUDGET}{budget}": score for budget, (score, _) in zip(settings.budgets, forced, strict=True)},
             **{f"{OUTCOME}@{budget}": told for budget, (_, told) in zip(settings.budgets, forced, strict=True)},
+            **own,
             "sampled_tokens": cost.sampled,
             **({} if generator.prefilled is None else {"prefilled_tokens": cost.prefilled}),
         }
-        for example, (_, sample), (value, outcome), ids, text, forced, cost in zip(
-            examples, batch, graded, completions, texts, at_budgets, costs, strict=True
+        for example, (_, sample), (value, outcome), ids, text, forced, own, cost in zip(
+            examples, batch, graded, completions, texts, at_budgets, judged, costs, strict=True
         )
     ]
+
+
+def _self_rewards(generator, asked: SelfReward | None, prompts, completions) -> list[dict[str, float]]:
+    """Per completion the columns of its self-reward, and the mean log-probability of its tokens as a control."""
+    if asked is None:
+        return [{} for _ in completions]
+    found = [{SELF_REWARD: math.nan, APPENDED: math.nan, MEAN_LOGP: math.nan} for _ in completions]
+    ended = [i for i, ids in enumerate(completions) if ids and ids[-1] in generator.ends]
+    logps = generator.logps(
+        [prompts[i] for i in ended], [[*completions[i], asked.token] for i in ended], asked.temperature
+    )
+    for i, (*own, appended) in zip(ended, logps, strict=True):
+        reward = self_reward(appended, scale=asked.scale, reference=asked.reference)
+        found[i] = {SELF_REWARD: reward, APPENDED: appended, MEAN_LOGP: math.fsum(own) / len(own)}
+    return found
 
 
 def _chat_batch(generator, dataset, reward, settings, batch) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What evaluation samples with: transformers' `generate`, a vLLM engine, or a vLLM server."""
+"""What evaluation samples and scores with: transformers, a vLLM engine, or a vLLM server."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from rltoken.errors import UserError
-from rltoken.rollout.completions import complete
+from rltoken.rollout.completions import complete, prompt_logps
 from rltoken.rollout.forced import until_end
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 
+POSITIONS = 1024
+"""Positions of a batch at which transformers makes logits at once, so that memory does not grow with lengths."""
+
+
 class Generator(Protocol):
-    """What completes lists of token ids for an evaluation.
+    """What completes lists of token ids for an evaluation, and says how probable a continuation is.
 
     Attributes:
         ends: tokens that end a sequence.
@@ -53,6 +58,18 @@ class Generator(Protocol):
             seeds: of the random stream of each, which counts where `together` is None.
             begun: for each context, which of the last call without it (its context and continuation) it begins as, and
                 how many tokens the two share, so that those need not be computed again. Empty: they share nothing.
+        """
+        ...
+
+    def logps(
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """The log-probability of each token of each continuation after its context.
+
+        Args:
+            contexts: token ids, at least one each.
+            continuations: token ids, at least one each.
+            temperature: by which logits are divided; vLLM knows 1 alone.
         """
         ...
 
@@ -123,6 +140,27 @@ class TransformersGenerator:
             return found
         finally:
             self._model.train(training)
+
+    @torch.no_grad()
+    def logps(
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """As `Generator` says; the model is in evaluation mode meanwhile."""
+        rows = [[*context, *ids] for context, ids in zip(contexts, continuations, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found: list[list[float]] = [[]] * len(rows)
+        self._encoded = None  # its memory is needed here
+        training = self._model.training
+        self._model.eval()
+        try:
+            for start in range(0, len(rows), self.together):
+                chosen = order[start : start + self.together]
+                values = _token_logps(self._model, [rows[i] for i in chosen], temperature, self._tokenizer.pad_token_id)
+                for i, row in zip(chosen, values, strict=True):
+                    found[i] = row[len(contexts[i]) - 1 : len(rows[i]) - 1].tolist()
+        finally:
+            self._model.train(training)
+        return found
 
     def _batch(self, contexts: Sequence[Sequence[int]], settings: GenerationConfig, *, keep: bool) -> list[list[int]]:
         encoded = self._tokenizer.pad({"input_ids": contexts}, padding_side="left", return_tensors="pt")
@@ -226,6 +264,33 @@ class VllmGenerator:
         outputs = self._llm.generate(prompts, sampling_params=settings, use_tqdm=bar)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    def logps(
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """As `Generator` says.
+
+        Raises:
+            UserError: a context and its continuation are longer than the engine serves.
+        """
+        from vllm import SamplingParams
+
+        assert temperature == 1, "vLLM gives log-probabilities of a prompt at temperature 1"
+        rows = [[*context, *ids] for context, ids in zip(contexts, continuations, strict=True)]
+        longest = 1 + max(map(len, rows), default=0)  # vLLM samples at least one token
+        if longest > self._longest:
+            raise UserError(
+                f"eval.max_new_tokens: to score a completion takes {longest} tokens, two more than it and its prompt "
+                f"have, and vLLM serves {self._longest}; lower it, or raise trainer.vllm_max_model_length as far as "
+                "the model allows."
+            )
+        settings = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        outputs = self._llm.generate(prompts, sampling_params=settings, use_tqdm=False)
+        return [
+            [place[token].logprob for place, token in zip(output.prompt_logprobs[len(context) :], ids, strict=True)]
+            for output, context, ids in zip(outputs, contexts, continuations, strict=True)
+        ]
+
 
 class ServerGenerator:
     """A vLLM server that samples each request from the stream of its seed.
@@ -274,6 +339,35 @@ class ServerGenerator:
         payloads = [common | {"prompt": list(ids), "seed": seed} for ids, seed in zip(contexts, seeds, strict=True)]
         choices, _ = complete(self._url, payloads, patience=self._patience)
         return [choice["token_ids"] for choice in choices]
+
+    def logps(
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[float]]:
+        """As `Generator` says.
+
+        Raises:
+            SamplerLost: the server is gone or stands still.
+            UserError: it refuses a request, as where a context and its continuation are longer than it serves.
+        """
+        assert temperature == 1, "vLLM gives log-probabilities of a prompt at temperature 1"
+        return prompt_logps(self._url, contexts, continuations, patience=self._patience)
+
+
+def _token_logps(model: PreTrainedModel, rows: Sequence[Sequence[int]], temperature: float, pad: int) -> Tensor:
+    """[n, longest - 1] log-probability of each token but a row's first; beyond a row's end without meaning.
+
+    Rows are padded on the right, where causality keeps what follows from what is read, and go through the model a few
+    columns at a time, its cache holding those before, so that logits are [n, POSITIONS / n, V] at most.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=model.device)
+    cache, found = DynamicCache(config=model.config), []
+    for columns in ids[:, :-1].split(max(1, POSITIONS // len(rows)), dim=1):
+        done = sum(part.size(1) for part in found)
+        output = model(input_ids=columns, past_key_values=cache, use_cache=True)
+        logps = (output.logits.float() / temperature).log_softmax(-1)
+        found.append(logps.gather(-1, ids[:, done + 1 : done + 1 + columns.size(1), None]).squeeze(-1))
+    return torch.cat(found, 1)
 
 
 def ends_of(declared: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

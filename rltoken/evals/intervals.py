@@ -71,6 +71,16 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     return Estimate(mean, mean - half_width, mean + half_width, n)
 
 
+def linear_interval(value: float, parts: Sequence[float], level: float = LEVEL) -> Estimate:
+    """A number that is no mean, with the t interval of its linear part.
+
+    Args:
+        value: the number, as a ratio of sums over problems.
+        parts: what each problem adds to it, to first order; they sum to 0.
+    """
+    return mean_interval([value + len(parts) * part for part in parts], level)
+
+
 def share_interval(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Mean of the problems' shares, each in [0, 1], with the interval that `share_ends` gives.
 

@@ -2,6 +2,7 @@
 
     rltoken.evals.samples      avg@k, pass@k, maj@k, weighted majority: what several samples of a problem are worth
     rltoken.evals.efficiency   area, normalised regret, tokens to reach an accuracy, E3: accuracy against tokens
+    rltoken.evals.verification how well a model's self-rewards tell its correct completions from wrong ones
     rltoken.evals.intervals    intervals clustered by problem, and the paired test of two evaluations
 
 docs/evaluation.md has each definition as a formula, and how to quote it.
@@ -19,6 +20,7 @@ import pandas as pd
 from rltoken.evals.efficiency import area, e3
 from rltoken.evals.intervals import Estimate, by_problem, clustered, clustered_share, share_interval
 from rltoken.evals.samples import NO_ANSWER, majority_at_k, pass_at_k, sample_counts, weighted_majority
+from rltoken.evals.verification import APPENDED, MEAN_LOGP, SELF_REWARD, verification
 
 AT_BUDGET = "correct@"
 """What the name of a column begins with that holds correctness at a budget; the budget in tokens follows."""
@@ -32,7 +34,7 @@ ANSWER_CLASS, ANSWER = "answer_class", "answer"
 `rltoken.rewards.math.classes` gives it, -1 or missing where there is none; or else the answer's text, missing or empty
 where there is none, of which two are one class if they are written alike."""
 WEIGHT = "weight"
-"""The column of a weighted majority: what the sample's vote weighs, at least 0."""
+"""The column of a weighted majority: what the sample's vote weighs, at least 0. Without it self-rewards weigh votes."""
 
 
 def budgets_of(table: pd.DataFrame) -> list[int]:
@@ -74,11 +76,13 @@ def over_samples(table: pd.DataFrame) -> dict[str, Any]:
     """What several samples of a problem are worth, with intervals clustered by problem.
 
     Args:
-        table: one row per sample: id, correct (above 0.5 is right); if there, `ANSWER_CLASS` or `ANSWER`, and `WEIGHT`.
+        table: one row per sample: id, correct (above 0.5 is right); if there, `ANSWER_CLASS` or `ANSWER`, and
+            `WEIGHT` or `SELF_REWARD`.
 
     Returns:
         k, the numbers of samples that are looked at; pass_at_k and its intervals, one per k; where there are answers
-        also majority_at_k; with weights weighted_majority, of all samples. Nothing where some problem has one sample.
+        also majority_at_k; with weights weighted_majority, with self-rewards that and mean_logp_majority, of all
+        samples. Nothing where some problem has one sample.
     """
     right = table["correct"] > 0.5
     groups = table.groupby("id", sort=False).indices.values()
@@ -96,9 +100,40 @@ def over_samples(table: pd.DataFrame) -> dict[str, Any]:
 
     votes = (classes, right.to_numpy(dtype=float))
     numbers |= _each("majority_at_k", [voted(majority_at_k, *votes, k=k) for k in counts])
-    if WEIGHT in table:
-        numbers |= _told("weighted_majority", voted(weighted_majority, *votes, table[WEIGHT].to_numpy()))
+    for name, weights in vote_weights(table).items():
+        numbers |= _told(name, voted(weighted_majority, *votes, weights))
     return numbers
+
+
+def vote_weights(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Weighted majority -> [rows] weights of the votes in it; none where the table has nothing that weighs.
+
+    A self-reward is brought into [0, 1]; its control weighs by the geometric mean of the tokens' probabilities. What
+    has none of them, since it was cut, weighs 0.
+    """
+    weights = {"weighted_majority": table[WEIGHT]} if WEIGHT in table else {}
+    if SELF_REWARD in table:
+        weights.setdefault("weighted_majority", table[SELF_REWARD].clip(0, 1).fillna(0.0))
+        weights["mean_logp_majority"] = np.exp(table[MEAN_LOGP]).fillna(0.0)
+    return {name: column.to_numpy(dtype=float) for name, column in weights.items()}
+
+
+def self_rewards(table: pd.DataFrame) -> dict[str, Any]:
+    """How well self-rewards tell correct completions from wrong ones, with intervals clustered by problem.
+
+    Returns:
+        What `rltoken.evals.verification.verification` gives, None where there is nothing to tell; and appended_logp and
+        appended_logp_std, mean and standard deviation of the log-probability that self-rewards are made of, which
+        before training are the reference and how constant it is. Nothing where no self-rewards were asked for.
+    """
+    if SELF_REWARD not in table:
+        return {}
+    told = {
+        name: value for key, estimate in verification(table).items() for name, value in _told(key, estimate).items()
+    }
+    logps = table[APPENDED]
+    told |= {"appended_logp": logps.mean(), "appended_logp_std": logps.std()}
+    return {name: _finite(value) if isinstance(value, float) else value for name, value in told.items()}
 
 
 def answer_classes(table: pd.DataFrame) -> np.ndarray | None:
@@ -142,10 +177,10 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
     """The numbers of one evaluation that the report prints.
 
     Returns:
-        accuracy with its interval clustered by problem; what `over_samples`, `under_budgets` and `tokens` give; e3 in
-        percent, of completion tokens; the share of completions that were cut; the numbers of problems and samples; how
-        many completions and forced answers met each outcome of the grader; and each problem's accuracy and thinking
-        tokens, by which two evaluations are compared. One problem alone has no interval: None.
+        accuracy with its interval clustered by problem; what `over_samples`, `self_rewards`, `under_budgets` and
+        `tokens` give; e3 in percent, of completion tokens; the share of completions that were cut; the numbers of
+        problems and samples; how many completions and forced answers met each outcome of the grader; and each problem's
+        accuracy and thinking tokens, by which two evaluations are compared. One problem alone has no interval: None.
     """
     accuracy, lengths = clustered_share(table, "correct"), tokens(table)
     names = [str(name) for name in table["id"].drop_duplicates()]
@@ -153,6 +188,7 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         **under_budgets(table),
         **_told("accuracy", accuracy),
         **over_samples(table),
+        **self_rewards(table),
         **lengths,
         "e3": e3(accuracy.mean, lengths["completion_tokens"]) if lengths["completion_tokens"] else None,
         "truncated": float(table["truncated"].mean()),

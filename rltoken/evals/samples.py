@@ -82,7 +82,8 @@ def weighted_majority(classes: Sequence[int], right: Sequence[float], weights: S
 
     Args:
         classes: [n], `right`: [n], as in `majority_at_k`.
-        weights: [n] at least 0: a self-reward, or the score of a reward model. Equal ones give maj@n.
+        weights: [n] at least 0: a self-reward, or the score of a reward model. Equal ones give maj@n, and so does 0
+            for all that answer.
 
     Raises:
         ValueError: a weight that is negative or no number, or not one per sample.
@@ -94,6 +95,8 @@ def weighted_majority(classes: Sequence[int], right: Sequence[float], weights: S
             raise ValueError(f"{weight} is no weight; a vote weighs a finite number from 0")
         if name != NO_ANSWER:
             sums[name] += weight
+    if sums and not any(sums.values()):
+        return weighted_majority(classes, right, [1.0] * len(classes))
     most = max(sums.values(), default=0.0)
     # sums of the same weights in another order differ in the last bits
     winners = [shares[name] for name, total in sums.items() if total >= most * (1 - 1e-9)]

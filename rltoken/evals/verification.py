@@ -1,7 +1,16 @@
-"""How well a score tells correct completions from wrong ones, and votes that it weighs: pure functions.
+"""How well the self-reward of LaSeR (arXiv 2510.14943) tells correct completions from wrong ones, as pure functions.
 
-The score of LaSeR (arXiv 2510.14943) is the self-reward of `rltoken.methods.last_token`: near 1 for a completion that
-the model holds to be correct, near 0 otherwise. `appended_logps` gives what it is made of, for any completions.
+A completion whose self-reward (`rltoken.methods.last_token`) is above 0.5 is held to be correct. With h = 1 for what is
+held to be correct, c = 1 for what is, and sums over all completions that have a self-reward:
+
+    accuracy  mean over problems of the share of their completions with h = c
+    F1        2 sum h c / (sum h + sum c), of the class correct
+    AUROC     the share of the pairs of a correct and a wrong completion in which the correct one scores more, ties
+              counting half
+
+The last two are no means over problems, so their intervals are those of their linear parts: what problem i adds to the
+number, to first order, is a value that has a mean and a variance over problems. For AUROC that is DeLong's variance
+(Biometrics 44, 1988) clustered by problem (Obuchowski, Biometrics 53, 1997); for F1 that of a ratio of sums.
 """
 
 from __future__ import annotations
@@ -11,105 +20,89 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
-from torch import Tensor
-from transformers import PreTrainedModel
 
+from rltoken.evals.intervals import Estimate, clustered_share, linear_interval
+
+SELF_REWARD, APPENDED, MEAN_LOGP = "self_reward", "appended_logp", "mean_logp"
+"""Columns of a table of completions: the self-reward; the log-probability that it is made of; and the mean
+log-probability of the completion's tokens, in nats, all NaN for a completion that was cut."""
 THRESHOLD = 0.5
-"""A completion whose score is above is held to be correct."""
+"""A completion whose self-reward is above is held to be correct."""
 
 
-@torch.no_grad()
-def appended_logps(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], appended_id: int, *, temperature: float = 1.0
-) -> Tensor:
-    """[n] log-probability of a token right after each sequence, in one forward without padding on the right.
+def verification(table: pd.DataFrame) -> dict[str, Estimate]:
+    """How well self-rewards agree with the grader, each number with its interval clustered by problem.
 
     Args:
-        model: a causal language model; only the last position's logits, [n, V], are made.
-        sequences: token ids of prompt and completion, each up to and with the token that ended it.
-        appended_id: the token.
-        temperature: that of training, so that the score is the one that was trained.
-    """
-    longest = max(map(len, sequences))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in sequences], device=model.device)
-    lengths = torch.tensor([len(row) for row in sequences], device=model.device)
-    attention = (torch.arange(longest, device=model.device) >= longest - lengths[:, None]).long()
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    output = model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=1, use_cache=False)
-    return (output.logits[:, -1].float() / temperature).log_softmax(-1)[:, appended_id]
-
-
-def verification(scores: Sequence[float], correct: Sequence[bool]) -> dict[str, float | int]:
-    """How well scores agree with the grader.
-
-    Args:
-        scores: one per completion; NaN where there is none, as after a completion that was cut.
-        correct: what the grader said.
+        table: one row per completion: id, correct (above 0.5 is right), `SELF_REWARD`, `MEAN_LOGP`.
 
     Returns:
-        Of the completions with a score: `accuracy` and `f1` (of the class correct; 0 where neither has one) at a
-        threshold of 0.5, `auroc` (NaN unless both classes are there), and their number `n`. NaN where there is none.
+        Of the completions that have a self-reward: self_reward_accuracy, self_reward_f1 and self_reward_auroc; and as
+        a control mean_logp_auroc, of the mean log-probability. NaN where there is nothing to tell: no completion, for
+        F1 none that is or is held to be correct, for AUROC not both correct and wrong ones.
     """
-    known = [(score, bool(right)) for score, right in zip(scores, correct, strict=True) if not math.isnan(score)]
-    if not known:
-        return {"accuracy": math.nan, "f1": math.nan, "auroc": math.nan, "n": 0}
-    held, right = np.array([score > THRESHOLD for score, _ in known]), np.array([right for _, right in known])
+    known = table[table[SELF_REWARD].notna()]
+    right, held = (known["correct"] > 0.5).to_numpy(), (known[SELF_REWARD] > THRESHOLD).to_numpy()
+    problems, nothing = known["id"].to_numpy(), Estimate(math.nan, math.nan, math.nan, 0)
+    agreed = known.assign(agreed=(held == right).astype(float))
     return {
-        "accuracy": float((held == right).mean()),
-        "f1": 2.0 * int((held & right).sum()) / max(1, int(held.sum()) + int(right.sum())),
-        "auroc": auroc([score for score, _ in known], right.tolist()),
-        "n": len(known),
+        "self_reward_accuracy": clustered_share(agreed, "agreed") if len(known) else nothing,
+        "self_reward_f1": f1(held, right, problems),
+        "self_reward_auroc": auroc(known[SELF_REWARD], right, problems),
+        "mean_logp_auroc": auroc(known[MEAN_LOGP], right, problems),
     }
 
 
-def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
-    """The probability that a correct completion scores above a wrong one, ties counting half; NaN without both."""
-    ranks, right = rankdata(scores), np.asarray(correct, dtype=bool)
-    positives, negatives = int(right.sum()), int((~right).sum())
-    if not positives or not negatives:
-        return math.nan
-    return float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def vote(answers: Sequence[int], weights: Sequence[float] | None = None) -> int:
-    """The index of a completion that gives the answer with the largest sum of weights; -1 where nothing answers.
+def f1(held: ArrayLike, right: ArrayLike, problems: Sequence) -> Estimate:
+    """F1 of the class correct.
 
     Args:
-        answers: equivalence class of each completion's answer, -1 where there is none.
-        weights: one per completion, brought into [0, 1], NaN counting 0 (a plain majority when None). Where no
-            answer has any weight, the plain majority decides.
+        held: [n] bool, what is held to be correct; `right`: [n] bool, what is.
+        problems: [n] the problem of each.
 
     Returns:
-        The first completion with that answer; of equal sums the one that comes first.
+        NaN where nothing is correct and nothing held to be.
     """
-    own = [1.0] * len(answers) if weights is None else [_share(weight) for weight in weights]
-    sums: dict[int, float] = {}
-    for answer, weight in zip(answers, own, strict=True):
-        if answer >= 0:
-            sums[answer] = sums.get(answer, 0.0) + weight
-    if not sums:
-        return -1
-    if not any(sums.values()):
-        return vote(answers)
-    return list(answers).index(max(sums, key=sums.__getitem__))
+    held, right = np.asarray(held, dtype=bool), np.asarray(right, dtype=bool)
+    size = int(held.sum()) + int(right.sum())
+    if not size:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    value = 2 * int((held & right).sum()) / size
+    parts = (2.0 * (held & right) - value * (held.astype(float) + right)) / size
+    return _within(linear_interval(value, _of_problems(parts, problems)))
 
 
-def voted(table: pd.DataFrame, weights: str | None = None) -> list[bool]:
-    """Whether the vote of each problem's completions is correct, in the order in which problems come.
+def auroc(scores: ArrayLike, right: ArrayLike, problems: Sequence) -> Estimate:
+    """The probability that a correct completion scores above a wrong one, ties counting half.
 
     Args:
-        table: one row per completion, with the problem in `id`, its class within the problem in `answer` (-1: none)
-            and `correct`.
-        weights: the column of the weights; None for a plain majority.
+        scores: [n] any numbers; `right`: [n] bool.
+        problems: [n] the problem of each.
+
+    Returns:
+        NaN unless there are correct and wrong ones.
     """
-    found = []
-    for _, rows in table.groupby("id", sort=False):
-        chosen = vote(rows["answer"].tolist(), None if weights is None else rows[weights].tolist())
-        found.append(chosen >= 0 and bool(rows["correct"].iloc[chosen]))
-    return found
+    scores, right = np.asarray(scores, dtype=float), np.asarray(right, dtype=bool)
+    if right.all() or not right.any():
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    ranks, beaten = rankdata(scores), np.empty(len(scores))
+    for own in (right, ~right):  # the share of the other class that is below, ties counting half
+        beaten[own] = (ranks[own] - rankdata(scores[own])) / (~own).sum()
+    beaten[~right] = 1 - beaten[~right]
+    value = float(beaten[right].mean())
+    parts = (beaten - value) / np.where(right, right.sum(), (~right).sum())
+    return _within(linear_interval(value, _of_problems(parts, problems)))
 
 
-def _share(weight: float) -> float:
-    return 0.0 if math.isnan(weight) else min(1.0, max(0.0, weight))
+def _of_problems(parts: NDArray, problems: Sequence) -> list[float]:
+    """The sum of the parts of each problem's completions."""
+    return pd.Series(parts).groupby(list(problems), sort=False).sum().tolist()
+
+
+def _within(estimate: Estimate) -> Estimate:
+    """The estimate with an interval inside [0, 1], where such a number must be."""
+    if estimate.n < 2:
+        return estimate
+    return Estimate(estimate.mean, max(0.0, estimate.low), min(1.0, estimate.high), estimate.n)

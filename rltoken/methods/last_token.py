@@ -26,8 +26,8 @@ the probability of whatever token follows; here both read z. The code's `step > 
 mixing acts once that many are done, as here; the paper's box has another count.
 
 Deviations: class weights and means are of the window, not of a micro-batch, so that accumulation changes nothing. The
-probability is that at the sampling temperature, and `reference` has to be measured at the same one: train a few steps
-with alpha=0 and read the metric self_reward/log_prob.
+probability is that at the sampling temperature, and `reference` has to be measured at the same one, as
+docs/methods/last_token.md says.
 """
 
 from typing import Annotated
@@ -45,8 +45,8 @@ FromZero = Annotated[float, Range(least=0)]
 Steps = Annotated[int, Range(least=0, whole=True)]
 
 
-def self_reward(logps: Tensor, *, scale: float, reference: float) -> Tensor:
-    """[B] self-rewards from [B] log-probabilities of the appended token: near 1 for correct, near 0 for wrong."""
+def self_reward(logps: Tensor | float, *, scale: float, reference: float) -> Tensor | float:
+    """Self-rewards from log-probabilities of the appended token, of any shape: near 1 for correct, 0 for wrong."""
     return scale * (logps - reference)
 
 

@@ -83,6 +83,30 @@ def complete(
     return [answer["choices"][0] for answer in found], repeated
 
 
+def prompt_logps(
+    url: str,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    patience: float,
+    key: str = "trainer.vllm_server_base_url",
+) -> list[list[float]]:
+    """The log-probability of each token of each completion after its prompt, at temperature 1.
+
+    Args and errors are those of `complete`; prompts and completions are token ids.
+    """
+    rows = [[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)]
+    # the one token that has to be sampled counts towards the length that is served
+    common = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    choices, _ = complete(url, [common | {"prompt": row} for row in rows], patience=patience, key=key)
+    return [
+        [place[str(token)]["logprob"] for place, token in zip(scored[len(prompt) :], ids, strict=True)]
+        for scored, prompt, ids in zip(
+            (choice["prompt_logprobs"] for choice in choices), prompts, completions, strict=True
+        )
+    ]
+
+
 def answers(
     url: str,
     payloads: Sequence[Mapping[str, Any]],

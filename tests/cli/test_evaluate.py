@@ -60,6 +60,67 @@ def test_the_evaluation_of_a_run_is_repeated_exactly(cli, two_runs):
     assert results["models"]["brpo"] == report["after"]
 
 
+ASKED = "eval.self_reward.reference=-4"
+
+
+def test_models_judge_their_own_completions_where_asked(cli, two_runs, tmp_path):
+    """A run and a plain model; the run's temperature is that of its training."""
+    shutil.copytree(two_runs / "grpo/final", tmp_path / "plain")
+    run = f"runs=[{two_runs}/grpo]"
+    found = cli.evaluate(run, "models=[plain]", "data.eval.n=4", *SHORT[1:3], ASKED, "eval.budgets=null", "out=own")
+    assert found.status == 0, found.err
+    models = json.loads((found.cwd / "own/metrics.json").read_text())["models"]
+    for name, numbers in models.items():
+        table = pd.read_parquet(found.cwd / f"own/{name}.parquet")
+        ended = ~table["truncated"]
+        assert (table["self_reward"].notna() == ended).all() and ended.any()
+        assert table["self_reward"][ended].tolist() == pytest.approx((0.1 * (table["appended_logp"] + 4))[ended])
+        assert numbers["appended_logp"] == pytest.approx(table["appended_logp"].mean())
+        assert "weighted_majority" in numbers and "self_reward_auroc_interval" in numbers
+    assert "self-reward, accuracy" in found.out and "weighted majority" in found.out
+    assert "self_reward_accuracy" in (found.cwd / "own/summary.csv").read_text()
+    without = cli.evaluate(run, *SHORT, "out=plain_one")
+    assert without.status == 0 and "self-reward" not in without.out
+
+
+def test_training_evaluates_self_rewards_as_evaluate_does(cli):
+    trained = cli("+exp=laser_self_reward", "name=own", ASKED, "eval.samples=2", "trainer.temperature=0.9")
+    assert trained.status == 0, trained.err
+    found = cli.evaluate(f"runs=[{trained.runs}/own]", "out=again")
+    assert found.status == 0, found.err
+    report = json.loads((trained.runs / "own/report.json").read_text())
+    results = json.loads((found.cwd / "again/metrics.json").read_text())
+    assert results["settings"]["own"]["eval"]["self_reward"] == {"reference": -4, "scale": 0.1, "temperature": 0.9}
+    assert results["models"]["own"] == report["after"] and "majority_at_k" in report["after"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((ASKED, "model.appended=null"), "model.appended: a self-reward is the probability of a token"),
+        ((ASKED, "model.appended='<eos>'"), "model.appended: '<eos>' is what ends or pads"),
+        ((ASKED, "eval.self_reward.scale=0"), "eval.self_reward.scale: 0.0 is not possible; set it to a number above"),
+        (("eval.self_reward.reference=low",), "eval.self_reward.reference: Value 'low'"),
+        ((ASKED, "eval.self_reward.temperature=-1"), "eval.self_reward.temperature: -1.0 is not possible"),
+        (("eval.self_reward.refrence=1",), "did you mean 'eval.self_reward.reference'"),
+        (("+eval.self_reward.clamp=true",), "eval.self_reward.clamp: there is no such key"),
+        (("eval.self_reward=null",), "eval.self_reward: "),
+        (
+            (ASKED, "models=[x]", "server=http://localhost:1/v1", "eval.budgets=null"),
+            "eval.self_reward.reference: chat completions give no log-probability",
+        ),
+        (
+            (ASKED, "rollout=vllm_colocate", "eval.self_reward.temperature=0.7"),
+            "eval.self_reward.temperature: vLLM gives log-probabilities of a prompt at temperature 1, and not at 0.7",
+        ),
+    ],
+)
+def test_self_rewards_that_cannot_be_had_are_refused_in_one_line(cli, arguments, message):
+    found = cli.evaluate("model.source.steps=2", "data.eval.n=2", *arguments)
+    assert found.status == 2 and message in found.err and found.err.count("\n") == 1, found.err
+    assert not (found.cwd / "evaluations").exists()
+
+
 def test_models_and_the_configured_one(cli, two_runs, tmp_path):
     shutil.copytree(two_runs / "grpo/final", tmp_path / "copy")
     found = cli.evaluate("models=[copy]", *SHORT, "data.eval.n=4")

@@ -56,6 +56,23 @@ def test_settings_are_compared_over_their_seeds(folders, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_numbers_of_one_evaluation_are_compared_where_every_report_has_them(folders):
+    """Of .7 and .9: the vote gains .1 and .2, mean .15, s = .0707, half width .635; before, .25 in both runs."""
+    for folder, gain in zip(folders[:2], (0.1, 0.2), strict=True):
+        path = folder / "report.json"
+        report = json.loads(path.read_text())
+        for phase, more in (("before", 0.25), ("after", gain)):
+            accuracy = report[phase]["accuracy"]
+            report[phase] |= {"majority_at_k": [0.1, accuracy], "weighted_majority": accuracy + more}
+        path.write_text(json.dumps(report))
+    found = seeds(*folders[:2])
+    assert found.returncode == 0, found.stderr
+    (line,) = (line for line in found.stdout.splitlines() if "weighted_majority - majority_at_k" in line)
+    assert "+0.250 ± 0.000" in line and "+0.150 ± 0.635" in line
+    assert "self_reward_auroc" not in found.stdout
+    assert "weighted_majority" not in seeds(*folders).stdout, "two of the four runs have none"
+
+
 def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
     again = run_folder(tmp_path, "again", seed=0, exp="a", after=0.8)
     found = seeds(*folders, again)

@@ -80,6 +80,7 @@ def test_weighted_majority():
     assert weighted_majority(classes, right, [0.8, 0.4, 0.4]) == 0.5, "a tie"
     assert weighted_majority([0, -1], [1, 0], [0.1, 9.0]) == 1.0, "no answer, no vote"
     assert weighted_majority([-1, -1], [0, 0], [1, 1]) == 0.0
+    assert weighted_majority([0, 1, 1, -1], [1, 0, 0, 0], [0, 0, 0, 5]) == 0.0, "without any weight votes are equal"
     # 0.1 + 0.2 is not 0.3 in floating point, but it is a tie
     assert weighted_majority([0, 0, 1], [1, 1, 0], [0.1, 0.2, 0.3]) == 0.5
 

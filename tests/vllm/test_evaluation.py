@@ -18,7 +18,7 @@ from rltoken.adapters import base_name
 from rltoken.errors import UserError
 from rltoken.evals import during
 from rltoken.evals.engine import engine
-from rltoken.evals.generate import Settings, evaluate
+from rltoken.evals.generate import SelfReward, Settings, evaluate
 from rltoken.evals.generators import TransformersGenerator, VllmGenerator, ends_of
 from rltoken.rollout.forced import encode_template, prefixes, thinking_part
 from rltoken.tiny import accuracy, problems, warm_start
@@ -181,6 +181,33 @@ class TestAnEngine:
         assert all(not ends.intersection(ids[:-1]) and (ids[-1] in ends or len(ids) == 32) for ids in found)
         assert {ids[-1] for ids in found} & set(stops)
 
+    def test_log_probabilities_of_completions_are_those_of_transformers(self, both):
+        prompts = prompts_of(both.tokenizer, both.dataset)
+        completions = [[*ids, 2] for ids in both.vllm(1.0).complete(prompts, 24, (), range(100))]
+        one, other = (generator.logps(prompts, completions, 1.0) for generator in (both.hf(1.0), both.vllm(1.0)))
+        for ids, expected, found in zip(completions, one, other, strict=True):
+            assert len(found) == len(ids) and found == pytest.approx(expected, abs=1e-4)
+        assert both.vllm(1.0).logps([], [], 1.0) == []
+
+    def test_the_self_rewards_of_one_table_are_alike(self, both):
+        asked = SelfReward(token=2, reference=-4.0, scale=0.1, temperature=1.0)
+        one, other = (
+            self.table(both, make(0.0), n=20, temperature=0.0, samples=1, budgets=(), self_reward=asked)
+            for make in (both.hf, both.vllm)
+        )
+        alike = one["text"] == other["text"]
+        assert alike.sum() >= 19 and one["self_reward"].notna().sum() >= 5
+        for column in ("self_reward", "appended_logp", "mean_logp"):
+            assert other[column][alike].tolist() == pytest.approx(one[column][alike].tolist(), abs=1e-4, nan_ok=True)
+
+    def test_what_is_too_long_to_be_scored_is_refused(self, both):
+        longest = both.llm.llm_engine.model_config.max_model_len
+        assert len(both.vllm(1.0).logps([[5] * (longest - 3)], [[6, 7]], 1.0)[0]) == 2
+        with pytest.raises(
+            UserError, match=rf"^eval\.max_new_tokens: to score .* takes {longest + 1} tokens.*{longest};"
+        ):
+            both.vllm(1.0).logps([[5] * (longest - 2)], [[6, 7]], 1.0)
+
     def test_what_does_not_fit_the_engine_is_refused(self, both):
         longest = both.llm.llm_engine.model_config.max_model_len
         assert len(both.vllm(0.0).complete([[5] * (longest - 1)], 1, (), [0])[0]) == 1
@@ -275,7 +302,8 @@ def test_evaluations_between_steps_change_nothing(cli):
 
 
 def test_a_run_an_adapter_and_a_model(cli):
-    run = cli("+exp=brpo", "rollout=vllm_colocate", "+lora=default", "name=run")
+    asked = "eval.self_reward.reference=-4"
+    run = cli("+exp=brpo", "rollout=vllm_colocate", "+lora=default", asked, "name=run")
     assert run.status == 0, run.err
     report = json.loads((run.runs / "run/report.json").read_text())
     found = cli.evaluate("runs=[runs/run]", "out=again")

@@ -127,7 +127,11 @@ def test_an_evaluation_through_a_server_gives_what_transformers_gives(make, serv
         ours = TransformersGenerator(trainer.model, trainer.processing_class, temperature=0.0, batch_size=16)
         assert theirs.ends == ours.ends
         found, expected = (one.complete(prompts, 24, (), range(16)) for one in (theirs, ours))
+        rows = [[*ids, 2] for ids in expected]
+        scored, known = (one.logps(prompts, rows, 1.0) for one in (theirs, ours))
     assert_alike(trainer.model, prompts, expected, found)
+    for ids, one, other in zip(rows, scored, known, strict=True):
+        assert len(one) == len(ids) and one == pytest.approx(other, abs=1e-4)
 
 
 def test_a_server_of_another_model_is_no_back_end_of_an_evaluation(server, tmp_path):
