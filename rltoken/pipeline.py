@@ -212,6 +212,7 @@ class Pipeline:
         _check_controls(self, args)
         _check_sampling(self, args)
         _check_nothing_is_discarded(self)
+        _check_nothing_is_replaced(self)
         _check_token_credit(self, args)
         _check_anchor(self, args)
         _check_added_rows(self, args)
@@ -577,6 +578,18 @@ def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
             f"{pipeline['shapes'][0].key}: {credits[0].key} takes its credit from something else than the reward, so a "
             "shaped reward would do nothing; leave one of them out."
         )
+
+
+def _check_nothing_is_replaced(pipeline: Pipeline) -> None:
+    """Refuse bounds and ratios whose every row gets those of a later stage, which does not build on them."""
+    for slot in ("bounds", "ratios"):
+        in_order = pipeline.stages(slot, live=False) + pipeline.stages(slot, live=True)
+        for earlier, stage in itertools.combinations(in_order, 2):
+            if set(earlier.kinds) <= set(stage.kinds) and {"eps_low", "eps_high"}.isdisjoint(stage.needs):
+                raise UserError(
+                    f"{earlier.key}: {stage.key} acts on the same rows after it and replaces what it gives, so it "
+                    "would do nothing; leave one of them out."
+                )
 
 
 def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:

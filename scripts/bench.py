@@ -2,19 +2,26 @@
 """What methods cost per step over stock GRPOTrainer: ratios of medians, in one process, step by step in turns.
 
     python scripts/bench.py                                  # the identity pipeline on the warm-started tiny world
-    python scripts/bench.py --arm '+weight=forks' --arm '+exp=brpo trainer.num_iterations=2' --steps 40
+    python scripts/bench.py --arm '+weight=forks' --arm '+exp=brpo' --common 'trainer.num_iterations=2' --steps 40
 
-Each arm is a method in the words of the command line. All trainers start from the same weights and seeds and take turns
-step by step, each with a random state of its own, so the identity pipeline samples the very tokens that stock GRPO
-samples, a second later. Absolute seconds depend on the machine and its neighbours; the ratios are what may be quoted,
-with the quartiles of the ratios to the stock step beside each.
+Each arm is a method in the words of the command line, after those of --common. All trainers start from the same weights
+and seeds and take turns step by step, each with a random state of its own, so the identity pipeline samples the very
+tokens that stock GRPO samples, a second later; with trainer.learning_rate=0 every arm does that changes no logits.
+Absolute seconds depend on the machine and its neighbours; the ratios are what may be quoted, with the quartiles of the
+ratios to stock beside each.
+
+With --clock cpu the seconds are those that the trainer's thread had of the CPU: on a machine with busy neighbours they
+are steadier than those of the wall, and leave out what other processes and devices do.
+
+A window that is used for several steps is sampled in its first one. So what is compared are means over the steps of a
+window, and all arms must use theirs equally often.
 """
 
 import argparse
-import itertools
 import logging
 import shlex
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -30,12 +37,12 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer
 
-from rltoken import parts
-from rltoken.adapters import lora
+from rltoken import adapters, parts
 from rltoken.config import register_schemas, to_grpo_config
 from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 PHASES = ("thinking", "summaries", "grading", "window", "forward, backward", "optimizer, rest")
 """Parts of a step; without a rows stage TRL samples and grades inside the window, so those parts stand there."""
 
@@ -61,8 +68,8 @@ class Turns:
 class InTurns(TrainerCallback):
     """Give the turn away at the beginning of every step, keep the random state, and time what lies between."""
 
-    def __init__(self, who, turns, warm_up):
-        self._who, self._turns, self._warm_up, self._started = who, turns, warm_up, None
+    def __init__(self, who, turns, warm_up, clock):
+        self._who, self._turns, self._warm_up, self._started, self.clock = who, turns, warm_up, None, clock
         self.seconds, self.parts = [], Counter()
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -73,30 +80,30 @@ class InTurns(TrainerCallback):
         torch.set_rng_state(random_state)
         if state.global_step == self._warm_up:
             self.parts.clear()
-        self._started = time.perf_counter()
+        self._started = self.clock()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._stop()
 
     def _stop(self):
         if self._started is not None:
-            self.seconds.append(time.perf_counter() - self._started)
+            self.seconds.append(self.clock() - self._started)
 
 
 class Timed(TokenGRPOTrainer):
     """Keeps the seconds that each part of a step took; a part within another one counts as its own only."""
 
     def __init__(self, *args, callbacks, **kwargs):
-        self.parts, self._inner = callbacks[0].parts, [0.0]
+        self.parts, self._clock, self._inner = callbacks[0].parts, callbacks[0].clock, [0.0]
         super().__init__(*args, callbacks=callbacks, **kwargs)
 
     def _timed(self, part, call, *args, **kwargs):
         self._inner.append(0.0)
-        started = time.perf_counter()
+        started = self._clock()
         try:
             return call(*args, **kwargs)
         finally:
-            taken = time.perf_counter() - started
+            taken = self._clock() - started
             self.parts[part] += taken - self._inner.pop()
             self._inner[-1] += taken
 
@@ -116,8 +123,9 @@ class Timed(TokenGRPOTrainer):
         return self._timed("forward, backward", super().training_step, *args, **kwargs)
 
 
-def make(cls, cfg, folder, output_dir, callback):
+def make(cls, cfg, output_dir, callback):
     """A trainer of the configuration: TRL's own, or one of ours with the configured pipeline."""
+    folder = parts.source(cfg.model)
     tokenizer = parts.tokenizer(cfg.model, folder)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args = to_grpo_config(cfg.trainer, output_dir=output_dir, seed=cfg.seed)
@@ -127,6 +135,7 @@ def make(cls, cfg, folder, output_dir, callback):
         "pipeline": pipeline,
         "teacher": parts.teacher(cfg, pipeline, tokenizer),
         "template": parts.template(cfg.model, tokenizer),
+        "appended_id": parts.appended(cfg.model, tokenizer),
         "pack_tokens": cfg.rollout.pack_tokens,
         "batch_rows": cfg.rollout.batch_rows,
         "packing": cfg.rollout.packing,
@@ -134,12 +143,12 @@ def make(cls, cfg, folder, output_dir, callback):
         "classes": classes,
     }  # fmt: skip
     trainer = cls(
-        model=parts.model(cfg.model, folder),
+        model=parts.model(cfg.model, folder, trainable=True),
         reward_funcs=list(funcs.values()),
         args=args,
         train_dataset=parts.problems(cfg.data, "train", tokenizer),
         processing_class=tokenizer,
-        peft_config=lora(cfg.model.lora),
+        peft_config=adapters.lora(cfg.model.lora),
         callbacks=[callback],
         **options,
     )
@@ -157,14 +166,18 @@ def train(who, trainer, turns, seed):
         turns.give(who, finished=True)
 
 
-def in_turns(cfgs, scratch, warm_up):
+def in_turns(cfgs, scratch, warm_up, clock):
     """Train stock GRPO with the first configuration and ours with every one: the trainers, and seconds per step."""
-    folder, turns = instantiate(cfgs[0].model.source), Turns(1 + len(cfgs))
-    callbacks = [InTurns(who, turns, warm_up) for who in range(1 + len(cfgs))]
+    turns = Turns(1 + len(cfgs))
+    callbacks = [InTurns(who, turns, warm_up, clock) for who in range(1 + len(cfgs))]
     trainers = [
-        make(GRPOTrainer if who == 0 else Timed, cfg, folder, f"{scratch}/{who}", callbacks[who])
+        make(GRPOTrainer if who == 0 else Timed, cfg, f"{scratch}/{who}", callbacks[who])
         for who, cfg in enumerate([cfgs[0], *cfgs])
     ]
+    if len(schedules := {window_steps(trainer) for trainer in trainers}) > 1:
+        sys.exit(f"bench: windows are used for {sorted(schedules)} steps; give all arms one schedule, as by --common")
+    if len(by_window([0.0] * trainers[0].args.max_steps, *schedules, warm_up)) < 2:
+        sys.exit("bench: fewer than two whole windows come after the warm-up; raise --steps")
     threads = [
         threading.Thread(target=train, args=(who, trainer, turns, cfgs[0].seed)) for who, trainer in enumerate(trainers)
     ]
@@ -175,20 +188,34 @@ def in_turns(cfgs, scratch, warm_up):
     return trainers, [callback.seconds for callback in callbacks]
 
 
-def report(names, trainers, seconds):
+def window_steps(trainer):
+    """Optimizer steps for which a window is used."""
+    args = trainer.args
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+
+
+def by_window(seconds, steps, warm_up):
+    """Mean seconds of a step in each whole window that begins after the warm-up, from the seconds of each step."""
+    first = -(-warm_up // steps) * steps
+    return [statistics.fmean(seconds[i : i + steps]) for i in range(first, len(seconds) - steps + 1, steps)]
+
+
+def report(names, trainers, seconds, warm_up):
     """One row per trainer: its step, the ratio to stock GRPO, its tokens, and where the time of a step went."""
-    table = Table(title=f"{len(seconds[0])} steps each, in turns; seconds are medians, parts are means")
+    steps, total = window_steps(trainers[0]), len(seconds[0])
+    means = [by_window(own, steps, warm_up) for own in seconds]
+    table = Table(title=f"{len(means[0])} windows of {steps} steps, in turns; medians of windows, parts are means")
     for column in ("", "s a step", "ratio of medians", "quartiles of ratios", "tokens", *PHASES):
         table.add_column(column, justify="left" if not column else "right")
-    stock = statistics.median(seconds[0])
-    for name, trainer, own in zip(names, trainers, seconds, strict=True):
+    stock = statistics.median(means[0])
+    for name, trainer, own, each_step in zip(names, trainers, means, seconds, strict=True):
         median = statistics.median(own)
-        low, _, high = statistics.quantiles([a / b for a, b in zip(own, seconds[0], strict=True)], n=4)
+        low, _, high = statistics.quantiles([a / b for a, b in zip(own, means[0], strict=True)], n=4)
         spent = getattr(trainer, "parts", None)
         shares = [""] * len(PHASES)
         if spent is not None:
-            each = {part: total / len(own) for part, total in spent.items()}
-            each[PHASES[-1]] = statistics.fmean(own) - sum(each.values())
+            each = {part: seconds / (total - warm_up) for part, seconds in spent.items()}
+            each[PHASES[-1]] = statistics.fmean(each_step[warm_up:]) - sum(each.values())
             shares = [f"{each[part]:.3f}" if part in each else "in the window" for part in PHASES]
         ratio = ["", ""] if trainer is trainers[0] else [f"{median / stock:.3f}", f"{low:.3f} to {high:.3f}"]
         table.add_row(name, f"{median:.3f}", *ratio, str(int(trainer.state.num_input_tokens_seen)), *shares)
@@ -203,24 +230,28 @@ def prepared(*jobs):
     transformers_logging.disable_progress_bar()
     register_schemas()
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        return [compose("config", overrides=list(job)) for job in jobs]
+        cfgs = [compose("config", overrides=list(job)) for job in jobs]
+    for cfg in cfgs:
+        adapters.settle(cfg)
+    return cfgs
 
 
 def main() -> None:
     """Train all of them in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", action="append", help="a method as Hydra overrides; by default the empty pipeline")
+    parser.add_argument("--common", default="", help="overrides of every arm, and of stock GRPO")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each trainer")
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted in the medians")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="whose seconds")
     options = parser.parse_args()
 
     quiet = ["trainer.save_strategy=no", "trainer.log_completions=false", f"trainer.max_steps={options.steps}"]
     arms = options.arm or ["+exp=grpo"]
-    cfgs = prepared(*([*quiet, *shlex.split(arm)] for arm in arms))
+    cfgs = prepared(*([*quiet, *shlex.split(options.common), *shlex.split(arm)] for arm in arms))
     with tempfile.TemporaryDirectory() as scratch:
-        trainers, seconds = in_turns(cfgs, scratch, options.warm_up)
-    counted = [values[options.warm_up :] for values in seconds]
-    report(["stock GRPOTrainer", *itertools.chain(arms)], trainers, counted)
+        trainers, seconds = in_turns(cfgs, scratch, options.warm_up, CLOCKS[options.clock])
+    report(["stock GRPOTrainer", *arms], trainers, seconds, options.warm_up)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 from bench import make, prepared
-from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
@@ -54,10 +53,10 @@ class Timed(TrainerCallback):
         return self._at - before
 
 
-def timed(cls, cfg, model, folder):
+def timed(cls, cfg, folder):
     """Train and save after each step: the times, and the bytes of every file of the newest checkpoint."""
     times = Timed()
-    trainer = make(cls, cfg, model, str(folder), times)
+    trainer = make(cls, cfg, str(folder), times)
     set_seed(cfg.seed)
     trainer.train()
     newest = folder / f"checkpoint-{trainer.state.global_step}"
@@ -90,10 +89,10 @@ def main() -> None:
     options = parser.parse_args()
 
     (cfg,) = prepared([*shlex.split(options.method), *SETTINGS, f"trainer.max_steps={options.steps}"])
-    model, both, sizes = instantiate(cfg.model.source), (Timed(), Timed()), [{}, {}]
+    both, sizes = (Timed(), Timed()), [{}, {}]
     for turn, which in itertools.product(range(options.turns), range(2)):
         with tempfile.TemporaryDirectory() as scratch:
-            times, sizes[which] = timed(TRAINERS[which], cfg, model, Path(scratch))
+            times, sizes[which] = timed(TRAINERS[which], cfg, Path(scratch))
         if turn or options.turns == 1:  # the first turn warms up
             both[which].steps.extend(times.steps)
             both[which].saves.extend(times.saves)

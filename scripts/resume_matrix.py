@@ -45,7 +45,6 @@ from bench import make
 from compare_runs import differences
 from forks import Failed, in_processes, run, told, train_through, training
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -248,7 +247,7 @@ def stock_training(arguments: list[str], checkpoint: Path | None) -> Callable[[]
         config.register_schemas()
         with initialize_config_module("rltoken.conf", version_base="1.3"):
             cfg = compose("config", overrides=arguments)
-        trainer = make(GRPOTrainer, cfg, instantiate(cfg.model.source), "run", TrainerCallback())
+        trainer = make(GRPOTrainer, cfg, "run", TrainerCallback())
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model("final")
 

@@ -63,7 +63,7 @@ def clip_cov(
 
 
 def high_covariance(advantages: Tensor, old_logps: Tensor, mask: Tensor, *, share: ShareOrNone = 2e-3) -> Tensor:
-    """[B, T] mark: 1 on the tokens of the highest covariance, else 0.
+    """[B, T] mark: 1 on the tokens of the highest covariance, of equal ones on the first, else 0.
 
     Args:
         advantages: [B, T].
@@ -73,7 +73,7 @@ def high_covariance(advantages: Tensor, old_logps: Tensor, mask: Tensor, *, shar
     """
     values = covariance(advantages, old_logps, mask).masked_fill(mask == 0, -torch.inf).flatten()
     marks = torch.zeros_like(values)
-    marks[values.topk(number(share, mask)).indices] = 1.0
+    marks[values.sort(descending=True, stable=True).indices[: number(share, mask)]] = 1.0
     return marks.view_as(advantages)
 
 

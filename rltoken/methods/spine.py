@@ -148,10 +148,7 @@ def entropy_band(
         low, high: quantiles of the forks of a response that bound the band.
         above, below: weights of the two sides.
     """
-    forks = (mask > 0) & (weight > 0)
-    thresholds = band_thresholds(entropy.detach(), forks, low, high)
-    loss = band_loss(entropy, forks, thresholds, above=above, below=below)
-    return coef * weight.detach() * loss, band_metrics(entropy, forks, thresholds)
+    return banded(entropy, entropy, mask, weight, coef=coef, low=low, high=high, above=above, below=below)
 
 
 def reference_band(
@@ -167,8 +164,24 @@ def reference_band(
     below: Coefficient = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """The same with frozen thresholds: the quantiles of the reference model's entropies [B, T] on the same forks."""
+    return banded(entropy, ref_entropy, mask, weight, coef=coef, low=low, high=high, above=above, below=below)
+
+
+def banded(
+    entropy: Tensor,
+    source: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    coef: float,
+    low: float,
+    high: float,
+    above: float,
+    below: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of `entropy_band`, with the quantiles of `source` [B, T] on each response's forks, and metrics."""
     forks = (mask > 0) & (weight > 0)
-    thresholds = band_thresholds(ref_entropy.detach(), forks, low, high)
+    thresholds = band_thresholds(source.detach(), forks, low, high)
     loss = band_loss(entropy, forks, thresholds, above=above, below=below)
     return coef * weight.detach() * loss, band_metrics(entropy, forks, thresholds)
 

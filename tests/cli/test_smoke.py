@@ -1,4 +1,4 @@
-"""Every conf/exp but paper/, and every group at once, trains two steps from the command line and is evaluated."""
+"""Every conf/exp, and every group at once, trains two steps from the command line and is evaluated."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPS = sorted(str(path.relative_to(ROOT / "conf/exp"))[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
-EXPS = [exp for exp in EXPS if not exp.startswith("paper/")]  # of a paper's size: tests/methods/test_paper_configs.py
+SMALL = [
+    *(
+        "model=tiny",
+        "model.source.steps=2",
+        "data=tiny",
+        "data.train.n=32",
+        "data.eval.n=4",
+        "reward=tiny",
+        "hardware=cpu",
+    ),
+    *("rollout.max_answer_tokens=4", "trainer.gradient_accumulation_steps=1", "trainer.steps_per_generation=1"),
+]
+SHRUNK = {
+    "paper/brpo": [*SMALL, "~data.template", "method.rows.brpo.budgets=[8,16]", "eval.budgets=[8,16]"],
+    "paper/kdrl": [*SMALL, "teacher=tiny", "~teacher.path"],
+}
+"""Of a paper's size, with the embedded world's model and data; tests/methods/test_paper_configs.py has the settings."""
+UNDER = {
+    "lora": ["+lora=default"],
+    "gradient checkpointing": ["trainer.gradient_checkpointing=true"],
+    "two iterations": ["trainer.num_iterations=2"],
+}
 EVERY_GROUP = (
     "+prompt=budget",
     "+control=length_schedule",
@@ -46,14 +67,34 @@ def check_run(found):
     assert 0 <= report["before"]["accuracy"] <= 1 and 0 <= report["after"]["accuracy"] <= 1
 
 
+def settings(exp):
+    """What makes a run of the exp short."""
+    teacher = ["teacher.source.steps=2"] if "kdrl" in exp else []
+    return [*SHRUNK.get(exp, []), *teacher]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("exp", [pytest.param(exp, marks=pytest.mark.slow) if exp in SLOW else exp for exp in EXPS])
 def test_every_exp(cli, exp):
-    check_run(cli(f"+exp={exp}", *(["teacher.source.steps=2"] if exp.startswith("kdrl") else [])))
+    check_run(cli(f"+exp={exp}", *settings(exp)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("under", UNDER)
+@pytest.mark.parametrize("exp", EXPS)
+def test_every_exp_under(cli, exp, under):
+    check_run(cli(f"+exp={exp}", *settings(exp), *UNDER[under]))
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("extra", [(), ("+lora=default",), ("trainer.beta=0.1", "rollout.pack_tokens=100")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("+lora=default", "trainer.gradient_checkpointing=true"),
+        ("trainer.beta=0.1", "rollout.pack_tokens=100"),
+    ],
+)
 def test_every_group_at_once(cli, extra):
     check_run(cli("+exp=grpo", *EVERY_GROUP, "trainer.num_iterations=2", *extra))
 

@@ -18,7 +18,8 @@ METHODS = ROOT / "docs/methods/README.md"
 REWARDS = ROOT / "docs/rewards.md"
 EVALUATION = ROOT / "docs/evaluation.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION]
+COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 
