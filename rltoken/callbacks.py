@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ EVALUATED = {
     "truncated": "cut",
 }
 """Metrics -> what the progress line calls them, of a window and of an evaluation."""
+SUPERVISED = {"loss": "loss", "mean_token_accuracy": "tokens predicted"}
+"""The same of a supervised stage."""
 
 
 class MetricsFile(TrainerCallback):
@@ -64,10 +66,17 @@ def _strict(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 class ProgressLine(TrainerCallback):
-    """Step, reward, accuracy, thinking tokens and time left: a live line on a terminal, plain lines elsewhere."""
+    """Step, a few metrics and time left: a live line on a terminal, plain lines elsewhere.
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    Args:
+        label: what the live line says is going on.
+        shown: metric -> what the line calls it; a log without the first of them is not shown.
+    """
+
+    def __init__(
+        self, console: Console | None = None, *, label: str = "training", shown: Mapping[str, str] = SHOWN
+    ) -> None:
+        self._console, self._label, self._shown = console or Console(stderr=True), label, shown
         self._bar: Progress | None = None
         self._started = 0.0
         self._first = 0
@@ -84,21 +93,21 @@ class ProgressLine(TrainerCallback):
         self._started, self._first = time.monotonic(), state.global_step
         if state.is_world_process_zero and self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"),
+                TextColumn(self._label),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.fields[shown]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+            self._task = self._bar.add_task(self._label, total=state.max_steps, completed=state.global_step, shown="")
             self._bar.start()
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         """Show the newest metrics."""
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        if not state.is_world_process_zero or not logs or next(iter(self._shown)) not in logs:
             return
-        shown = ", ".join(f"{name} {logs[key]:.4g}" for key, name in SHOWN.items() if logs.get(key) is not None)
+        shown = ", ".join(f"{name} {logs[key]:.4g}" for key, name in self._shown.items() if logs.get(key) is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, shown=shown)
         elif state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:

@@ -20,10 +20,10 @@ from rltoken.errors import UserError, first_line, nearest
 from rltoken.ranges import Range
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig
+    from trl import GRPOConfig, SFTConfig
 
 TOP_LEVEL = (
-    "name", "seed", "resume", "on_change", "runs_dir", "world", "model", "teacher", "data", "reward", "rollout",
+    "name", "seed", "resume", "on_change", "runs_dir", "world", "model", "teacher", "data", "sft", "reward", "rollout",
     "trainer", "eval", "method",
 )  # fmt: skip
 ADDED_GROUPS = (
@@ -59,13 +59,15 @@ AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsi
 PLAIN = (bool, int, float, str)
 READ = {
     "model": (
-        "source", "think_end", "appended", "forced", "episodes", "dtype", "attn_implementation", "trust_remote_code",
+        "source", "think_end", "appended", "forced", "episodes", "formats", "dtype", "attn_implementation",
+        "trust_remote_code",
         "lora", "adapter", "quantization",
     ),
     "model.forced": ("ellipsis", "header", "stops"),
     "model.episodes": ("separator", "markers"),
     "teacher": ("kind", "source", "url", "dtype", "attn_implementation", "trust_remote_code"),
-    "data": ("train", "eval", "max_prompt_tokens", "too_long"),
+    "data": ("train", "eval", "traces", "max_prompt_tokens", "too_long"),
+    "sft": ("traces", "merge", "trainer"),
     "reward": ("funcs", "weights", "on_error", "classes", "answer"),
 }  # fmt: skip
 """What is read of the sections without a schema; any other key there must be referred to, as in ${data.path}."""
@@ -104,6 +106,7 @@ class EvalSchema:
     temperature: float = 1.0
     top_p: float = 1.0
     limit: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
+    format: Optional[str] = None  # noqa: UP045  (OmegaConf needs the old form)
     batch_size: int = 128
     chunk: int = 512
     max_new_tokens: int = 112
@@ -130,8 +133,8 @@ class RolloutSchema:
 
 
 def register_schemas() -> None:
-    """Tell Hydra the types of `eval`, `rollout` and `trainer` (TRL's GRPOConfig and `max_hours`)."""
-    for group in ("eval", "rollout", "trainer"):
+    """Tell Hydra the types of `eval`, `rollout`, `trainer` (TRL's GRPOConfig and `max_hours`) and `sft`."""
+    for group in ("eval", "rollout", "trainer", "sft"):
         ConfigStore.instance().store(group=group, name="schema", node=SCHEMAS[group]())
 
 
@@ -139,14 +142,29 @@ def trainer_schema() -> type:
     """A dataclass with `max_hours` and GRPOConfig's fields, in types that OmegaConf can check (unions become Any)."""
     from trl import GRPOConfig
 
-    fields = []
-    for field in dataclasses.fields(GRPOConfig):
+    hours = ("max_hours", Optional[float], _field(None))  # noqa: UP045  (OmegaConf needs the old form)
+    return dataclasses.make_dataclass("GRPOConfigSchema", [*_fields_of(GRPOConfig), hours])
+
+
+def supervised_schema() -> type:
+    """A dataclass of the section `sft`: what to learn from, whether to merge the adapter, and SFTConfig's fields."""
+    from trl import SFTConfig
+
+    trainer = dataclasses.make_dataclass("SFTConfigSchema", _fields_of(SFTConfig))
+    made = dataclasses.field(default_factory=trainer)
+    fields = [("traces", Any, _field(None)), ("merge", bool, _field(False)), ("trainer", trainer, made)]
+    return dataclasses.make_dataclass("SFTSchema", fields)
+
+
+def _fields_of(config: type) -> list[tuple[str, Any, Any]]:
+    """Name, type (as OmegaConf can check it) and default of each field of TRL's arguments that is not `OWNED`."""
+    found = []
+    for field in dataclasses.fields(config):
         if field.name not in OWNED and field.init:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = default.value if isinstance(default, enum.Enum) else default
-            fields.append((field.name, _checkable(field.type), _field(default)))
-    fields.append(("max_hours", Optional[float], _field(None)))  # noqa: UP045  (OmegaConf needs the old form)
-    return dataclasses.make_dataclass("GRPOConfigSchema", fields)
+            found.append((field.name, _checkable(field.type), _field(default)))
+    return found
 
 
 SCHEMAS: Mapping[str, Callable[[], type]] = {
@@ -155,6 +173,7 @@ SCHEMAS: Mapping[str, Callable[[], type]] = {
     "eval.self_reward": lambda: SelfRewardSchema,
     "rollout": lambda: RolloutSchema,
     "trainer": trainer_schema,
+    "sft": supervised_schema,
 }
 """Sections of which only these keys are read; TRL is imported late."""
 
@@ -165,18 +184,15 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     Raises:
         UserError: a value or a combination that TRL or transformers refuses, or would refuse once a model is loaded.
     """
-    import torch
     from trl import GRPOConfig
 
     from rltoken.pipeline import refuse_split_groups
 
-    settings = OmegaConf.to_container(trainer, resolve=True)
-    gpu = torch.cuda.is_available() and not settings["use_cpu"]
-    if settings["bf16"] is None:
-        settings["bf16"] = gpu and not settings["fp16"] and torch.cuda.is_bf16_supported()
+    settings, gpu = _on_this_machine(trainer)
     _check_values(settings)
     del settings["max_hours"]
-    _check_machine(settings, gpu)
+    _check_machine(settings, gpu, "trainer")
+    check_vllm(settings, gpu)
     batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
     steps = settings["steps_per_generation"] or settings["gradient_accumulation_steps"]
     if settings["generation_batch_size"]:
@@ -186,9 +202,46 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
         # TRL would have its own evaluation loop take whole groups
         args = GRPOConfig(output_dir=output_dir, seed=seed, num_generations_eval=1, **settings)
     except (ValueError, TypeError, ImportError) as error:
-        raise _refused(error, settings) from error
+        raise _refused(error, settings, "trainer") from error
     _check_trackers(args.report_to)
     return args
+
+
+def to_sft_config(trainer: DictConfig, *, output_dir: str, seed: int) -> SFTConfig:
+    """TRL's arguments of the supervised stage, from `sft.trainer`.
+
+    Raises:
+        UserError: as `to_grpo_config`.
+    """
+    from trl import SFTConfig
+
+    settings, gpu = _on_this_machine(trainer)
+    for key, least in {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}.items():
+        if settings[key] is None or settings[key] < least:
+            raise UserError(f"sft.trainer.{key}: {settings[key]} is not possible; set it to {least} or more.")
+    if settings["eval_strategy"] != "no":
+        raise UserError(
+            "sft.trainer.eval_strategy: the supervised stage has no problems to evaluate on; set it to no: the run "
+            "evaluates what comes out of it (eval.before)."
+        )
+    _check_machine(settings, gpu, "sft.trainer")
+    try:
+        args = SFTConfig(output_dir=output_dir, seed=seed, **settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise _refused(error, settings, "sft.trainer") from error
+    _check_trackers(args.report_to)
+    return args
+
+
+def _on_this_machine(trainer: DictConfig) -> tuple[dict[str, Any], bool]:
+    """A section of TRL's arguments with `bf16: null` decided, and whether there is a GPU that may be used."""
+    import torch
+
+    settings = OmegaConf.to_container(trainer, resolve=True)
+    gpu = torch.cuda.is_available() and not settings["use_cpu"]
+    if settings["bf16"] is None:
+        settings["bf16"] = gpu and not settings["fp16"] and torch.cuda.is_bf16_supported()
+    return settings, gpu
 
 
 def _check_values(settings: Mapping[str, Any]) -> None:
@@ -222,22 +275,21 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _check_machine(settings: Mapping[str, Any], gpu: bool) -> None:
+def _check_machine(settings: Mapping[str, Any], gpu: bool, section: str) -> None:
     """Refuse what this machine, or what is installed on it, cannot do."""
     import torch
     from transformers.utils import is_liger_kernel_available
 
     if settings["bf16"] and not (settings["use_cpu"] or (gpu and torch.cuda.is_bf16_supported())):
         raise UserError(
-            "trainer.bf16: this machine has no device with bfloat16; set hardware=auto (what the machine has) or "
-            "hardware=cpu, and trainer.bf16=null."
+            f"{section}.bf16: this machine has no device with bfloat16; set hardware=auto (what the machine has) or "
+            f"hardware=cpu, and {section}.bf16=null."
         )
     if settings["fp16"] and not gpu:
-        raise UserError("trainer.fp16: it needs a GPU; set trainer.fp16=false.")
-    check_vllm(settings, gpu)
+        raise UserError(f"{section}.fp16: it needs a GPU; set {section}.fp16=false.")
     if settings["use_liger_kernel"] and not is_liger_kernel_available():
         raise UserError(
-            "trainer.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
+            f"{section}.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
         )
 
 
@@ -279,15 +331,15 @@ def _check_trackers(report_to: Sequence[str]) -> None:
             )
 
 
-def _refused(error: Exception, settings: Mapping[str, Any]) -> UserError:
+def _refused(error: Exception, settings: Mapping[str, Any], section: str) -> UserError:
     """What TRL or transformers says about the settings, under the key it speaks of where that can be told."""
     text = first_line(error)
     if choice := re.match(r"(\S+) is not a valid \w+, please select one of \[(.*)\]", text):
         value, options = choice[1], [option.strip(" '") for option in choice[2].split(",")]
-        key = next((f"trainer.{key}" for key, found in settings.items() if found == value), "trainer")
+        key = next((f"{section}.{key}" for key, found in settings.items() if found == value), section)
         return UserError(f"{key}: there is no {value!r}{nearest(value, options)}; choose one of: {', '.join(options)}.")
     key = next((f".{word}" for word in re.findall(r"\w+", text) if word in settings), "")
-    return UserError(f"trainer{key}: TRL refuses it: {text.rstrip('.')}. Set it otherwise.")
+    return UserError(f"{section}{key}: TRL refuses it: {text.rstrip('.')}. Set it otherwise.")
 
 
 def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
@@ -368,6 +420,7 @@ def check_values(cfg: DictConfig) -> None:
         UserError: names the key and the fix.
     """
     from rltoken.adapters import check_quantization
+    from rltoken.evals import formats
 
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
@@ -402,6 +455,7 @@ def check_values(cfg: DictConfig) -> None:
     _check_budgets(cfg, "eval.during")
     if not 0 < cfg.eval.top_p <= 1:
         raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
+    formats.check(cfg)
     _check_self_reward(cfg)
     _check_forced(cfg.model.forced)
     if "method" in cfg and cfg.rollout.max_thinking_tokens > cfg.trainer.max_completion_length:

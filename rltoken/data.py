@@ -129,6 +129,71 @@ def _columns(kept: _Kept, source: Dataset, replaced: set[str | None]) -> Dataset
     return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
 
 
+def load_traces(
+    *,
+    path: str | None,
+    columns: Mapping[str, str | Sequence[str]],
+    template: str = "{problem}",
+    formats: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Problems with whole completions, for a supervised stage.
+
+    A row without a problem or a completion is dropped; one logged line says how many.
+
+    Args:
+        path: a .jsonl, .json or .parquet file.
+        columns: `prompt`, `completion`, `answer`, `format` -> the source's column, or several to look for in order.
+            Where there is a format, its tags are put around the completion, and the answer follows
+            (`rltoken.methods.ada_grpo.written`); else it is taken as it is, and no answer is needed.
+        template: the user message; `{problem}` stands for the problem.
+        formats: format -> the tag that opens it.
+
+    Returns:
+        Columns `prompt` ([{"role": "user", "content": str}]), `completion` (str) and, where the source tells it,
+        `format`.
+
+    Raises:
+        UserError: no file, one that cannot be read, a missing column, an unknown format, or nothing left.
+    """
+    from rltoken.methods.ada_grpo import written
+
+    if path is None:
+        raise UserError("data.traces_path: there are no traces. Set it to a .jsonl, .json or .parquet file.")
+    source = _read_file(path, "data.traces_path")
+    found = _columns_of_traces(source, columns, path)
+    rows = []
+    for example in source:
+        prompt, text = _messages(example[found["prompt"]], template), example[found["completion"]]
+        form = example[found["format"]] if found["format"] else None
+        if form is not None and form not in (formats or {}):
+            raise UserError(
+                f"data.traces.columns.format: {path} holds the format {form!r}; model.formats has: "
+                f"{', '.join(formats or ['none'])}. Correct the file, or add its tag there."
+            )
+        if form is not None:
+            text = written(form, text, str(example[found["answer"]]), formats)
+        if prompt and isinstance(text, str) and text.strip():
+            rows.append({"prompt": prompt, "completion": text, **({"format": form} if found["format"] else {})})
+    if not rows:
+        raise UserError(f"data.traces_path: {path} has no row with a problem and a completion. Correct the file.")
+    if len(rows) < len(source):
+        logger.warning("data.traces_path: dropped %d of %d rows without both.", len(source) - len(rows), len(source))
+    return Dataset.from_list(rows)
+
+
+def _columns_of_traces(source: Dataset, columns: Mapping[str, str | Sequence[str]], path: str) -> dict[str, str | None]:
+    """The source's column for each key, the first that is there; None for a format, or an answer that nobody needs."""
+    wanted = {key: [names] if isinstance(names, str) else list(names) for key, names in columns.items()}
+    found = {key: next((name for name in names if name in source.column_names), None) for key, names in wanted.items()}
+    for key in ("prompt", "completion", *(["answer"] if found["format"] else [])):
+        if found[key] is None:
+            raise UserError(
+                f"data.traces.columns.{key}: {path} has no column {' or '.join(map(repr, wanted[key]))}; it has: "
+                f"{', '.join(source.column_names)}. Set data.traces.columns.{key} to one of them."
+            )
+    return found
+
+
 def check_prompt_lengths(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,

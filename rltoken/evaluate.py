@@ -203,7 +203,7 @@ def check_server(cfg: DictConfig) -> None:
     """Refuse what a server that is asked by messages cannot do.
 
     Raises:
-        UserError: no model is named, or runs are, or answers are to be forced.
+        UserError: no model is named, or runs are, or answers are to be forced, or opened in a format.
     """
     if cfg.server is None:
         return
@@ -211,6 +211,10 @@ def check_server(cfg: DictConfig) -> None:
         raise UserError(f"server: {cfg.server} is no URL; write http://HOST:PORT/v1.")
     if cfg.runs or not cfg.models:
         raise UserError(f"models: name what the server at {cfg.server} serves, as in 'models=[NAME]', and no runs.")
+    if cfg.eval.format is not None:
+        raise UserError(
+            "eval.format: a tag cannot be put into a reply through messages; set eval.format=null, or leave server out."
+        )
     if cfg.eval.budgets:
         raise UserError(
             "eval.budgets: chat completions cannot be cut and continued, so no answer can be forced through them; set "
@@ -386,6 +390,7 @@ def evaluated(subject: Subject, prepared: Prepared, folder: Path, state: Partial
     import pandas as pd
 
     from rltoken import parts
+    from rltoken.evals.formats import guided
     from rltoken.evals.generate import evaluate, settings_of
 
     cfg, tokenizer = subject.cfg, prepared.tokenizer
@@ -397,11 +402,12 @@ def evaluated(subject: Subject, prepared: Prepared, folder: Path, state: Partial
     with generating(cfg, prepared.path, tokenizer, settings, state, scratch) as generator:
         with state.main_process_first():
             shards.begin(batches, prepared.facts)
+        funcs, _, classes = parts.rewards(cfg.reward)
         table = evaluate(
-            generator,
+            guided(generator, cfg.eval.format, cfg.model.get("formats"), tokenizer, classes),
             tokenizer,
             prepared.problems,
-            parts.correctness(parts.rewards(cfg.reward)[0]),
+            parts.correctness(funcs),
             None if sampled_by(cfg) == "chat" else parts.template(cfg.model, tokenizer),
             settings,
             label=subject.name,

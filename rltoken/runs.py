@@ -34,11 +34,13 @@ NOTES = {"config.yaml", "command.txt", "versions.json", RUN_ID}
 """What a run writes before it loads anything."""
 TRACEBACKS = "traceback*.txt"
 """One of each rank that ended with an error."""
-TRAINED = ("metrics.jsonl", "checkpoint-*", "final", "report.json")
+SUPERVISED = "sft"
+"""The folder inside a run of its supervised stage, with metrics, checkpoints and a final model of its own."""
+TRAINED = ("metrics.jsonl", "checkpoint-*", "final", "report.json", f"{SUPERVISED}/metrics.jsonl")
 """What there is only after a first step."""
 RESULTS = ("report.json", "evaluation_before.parquet")
 """What other settings make anew; the report first, since it means that the run is finished."""
-UNTRAINED = ("evaluation_before.parquet", "completions", TRACEBACKS)
+UNTRAINED = ("evaluation_before.parquet", "completions", SUPERVISED, TRACEBACKS)
 """What a run may leave that failed before its first step."""
 LOCK_SECONDS = 10.0
 """How long to wait for another process in the run directory: one that was killed may still be leaving."""
@@ -213,25 +215,31 @@ def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def checkpoint(folder: Path, cfg: DictConfig) -> str | None:
+def checkpoint(folder: Path, cfg: DictConfig, stage: str = "") -> str | None:
     """The checkpoint to go on from: the run's newest whole one for `auto` (None where there is none), or the named one.
 
     Finishes or removes what a killed save left, puts later checkpoints aside, and prints what it skips and what stops
     being exact; so on rank 0 only.
+
+    Args:
+        folder: the run directory.
+        cfg: the whole configuration.
+        stage: the folder inside it of a stage with checkpoints of its own.
 
     Raises:
         UserError: the named one is not a whole checkpoint, or does not fit this run and `on_change` is 'refuse'.
     """
     if cfg.resume is None:
         return None
-    checkpoints.recover(folder)
-    path = _newest(folder) if cfg.resume == "auto" else _named(Path(cfg.resume))
+    place = folder / stage
+    checkpoints.recover(place)
+    path = _newest(place, run_id(folder)) if cfg.resume == "auto" else _named(Path(cfg.resume))
     manifest = None
     if path is not None and (path / checkpoints.MANIFEST).exists():
         manifest = checkpoints.read_manifest(path)
         identity.accept_or_refuse(str(path), identity.changed(manifest, _now(cfg)), cfg.on_change)
     if path is None or manifest:
-        for aside in checkpoints.put_aside(folder, after=manifest["step"] if manifest else -1):
+        for aside in checkpoints.put_aside(place, after=manifest["step"] if manifest else -1):
             print(f"resume: put aside as {aside}")
     return None if path is None else str(path)
 
@@ -247,8 +255,8 @@ def _now(cfg: DictConfig) -> dict[str, Any]:
     return now if cfg.resume == "auto" else now | {"settings": identity.settings(cfg)}
 
 
-def _newest(folder: Path) -> Path | None:
-    path, skipped = checkpoints.newest_whole(folder, run_id(folder))
+def _newest(folder: Path, identity: str | None) -> Path | None:
+    path, skipped = checkpoints.newest_whole(folder, identity)
     for broken, reason in skipped:
         print(f"resume: skipped {broken}: {reason}")
     if skipped:

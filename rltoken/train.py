@@ -1,6 +1,7 @@
 """Train a reasoning model: `python -m rltoken.train +exp=grpo`; `--help` explains the rest.
 
-compose -> check -> run directory -> data, tokenizer, model -> evaluate -> train or resume -> evaluate -> report.
+compose -> check -> run directory -> supervised stage, if any -> data, tokenizer, model -> evaluate -> train or resume
+-> evaluate -> report.
 Nothing is loaded before the configuration has been checked. What a user can mend ends in one line and exit status 2,
 a run that was told to leave (docs/resume.md) in one line and exit status 75.
 """
@@ -135,7 +136,7 @@ def train(
     during: Mapping[str, DictConfig],
     checkpoint: str | None,
 ) -> None:
-    """Evaluate, train, evaluate and report in an open run directory.
+    """The supervised stage if there is one, evaluate, train, evaluate and report in an open run directory.
 
     Args:
         pipeline, args, lora: from `checked`.
@@ -146,6 +147,7 @@ def train(
         UserError: whatever the user can mend.
         Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
+    from rltoken import supervised
     from rltoken.callbacks import ProgressLine, StopWhenAsked
     from rltoken.evals.during import Evaluation
 
@@ -157,9 +159,10 @@ def train(
         contextlib.ExitStack() as at_the_end,
     ):
         try:
+            begun = supervised.start(cfg, folder, lora, notice)
             callbacks = [progress, StopWhenAsked(notice)]
             between = Evaluation(during, folder, progress.paused) if during else None
-            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, callbacks, between)
+            trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, callbacks, between, begun)
         except (UserError, InstantiationException) as error:
             if UserError in (type(error), type(error.__cause__)):
                 runs.discard(folder)
@@ -199,7 +202,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     Raises:
         UserError: a combination that makes no sense.
     """
-    from rltoken import teachers
+    from rltoken import supervised, teachers
     from rltoken.pipeline import build
 
     OmegaConf.resolve(cfg)
@@ -208,6 +211,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     pipeline = build(instantiate(cfg.method, _convert_="object"))
     pipeline.check(args)
     teachers.check(cfg, pipeline, args)
+    supervised.arguments(cfg, folder)
     return pipeline, args, adapters.lora(cfg.model.lora)
 
 
@@ -219,6 +223,7 @@ def assemble(
     lora: Any,
     callbacks: Sequence[TrainerCallback],
     between: Evaluation | None = None,
+    begun: str | None = None,
 ) -> tuple[Any, Any]:
     """Load data, tokenizer and model; the trainer, and `evaluated` but for its phase.
 
@@ -226,6 +231,7 @@ def assemble(
         pipeline, args, lora: from `checked`.
         callbacks: besides those that write.
         between: what to evaluate during training.
+        begun: the model, or the adapter to train further, that the supervised stage made.
 
     Raises:
         UserError: something cannot be loaded, or not be evaluated as it is sampled.
@@ -240,7 +246,7 @@ def assemble(
 
     cli.leave_terminal_to_us()
     with PartialState().main_process_first():  # what is converted or trained once and cached is made by rank 0
-        path = parts.source(cfg.model)
+        path = begun or parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
         train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
         apart = between.load(tokenizer) if between else None
@@ -257,7 +263,7 @@ def assemble(
         train_dataset=train,
         eval_dataset=apart,
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=None if begun and (cfg.sft.merge or adapters.is_adapter(begun)) else lora,
         callbacks=[MetricsFile(folder / "metrics.jsonl"), KeptEvaluations(folder), *callbacks],
         pipeline=pipeline,
         template=parts.template(cfg.model, tokenizer),
@@ -321,6 +327,7 @@ def evaluated(
 
     from rltoken import parts
     from rltoken.evals.during import generating
+    from rltoken.evals.formats import guided
     from rltoken.evals.generate import evaluate, settings_of
     from rltoken.evals.metrics import summary
 
@@ -330,7 +337,7 @@ def evaluated(
     settings = settings_of(cfg.eval, cfg.rollout.max_thinking_tokens, trainer.appended_id)
     with generating(trainer, settings) as generator:
         table = evaluate(
-            generator,
+            guided(generator, cfg.eval.format, cfg.model.get("formats"), trainer.processing_class, trainer.classes),
             trainer.processing_class,
             dataset,
             reward,

@@ -504,8 +504,12 @@ class SeamTrainer(VLLMTrainer):
     def _save(self, output_dir=None, state_dict=None):
         # Of a checkpoint with a folder of a second adapter transformers 5.17 loads only that one when it resumes. The
         # reference needs no saving: it is read again from where it came from.
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = getattr(model, "peft_config", {})
         reference = adapters.pop(REFERENCE_ADAPTER, None)
+        if reference is not None:  # peft would save the weights of an adapter that it does not know of with the other's
+            weights = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in weights.items() if f".{REFERENCE_ADAPTER}." not in f"{name}."}
         try:
             super()._save(output_dir, state_dict)
         finally:

@@ -3,6 +3,9 @@
 A checkpoint is written into a scratch folder by transformers' own code, gets a file of each rank with what transformers
 and TRL leave out (the window and its step phase, sums since the last log, stage state), then its manifest, then its
 place (`rltoken.resume`). A failure on one rank ends the save on all of them.
+
+`WholeCheckpoints` is what any trainer needs for that, `SavingTrainer` and `SupervisedTrainer` add what TRL's GRPO and
+SFT trainers keep besides.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from rltoken import identity, resume, rng
@@ -58,8 +61,8 @@ class _Calls(TrainerCallback):
         self._at_step_begin()
 
 
-class SavingTrainer(GRPOTrainer):
-    """GRPOTrainer whose checkpoints are whole or absent and resume exactly."""
+class WholeCheckpoints:
+    """What makes the checkpoints of a trainer of TRL, the next class in line, whole or absent."""
 
     on_change = "refuse"
     """'refuse' or 'accept' a checkpoint of other data or of another number of processes."""
@@ -69,7 +72,6 @@ class SavingTrainer(GRPOTrainer):
     """Whether `save_last_step` is to be possible: in the middle of a step more has changed than a checkpoint holds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._order: Any = None
         self._scratch: Path | None = None
         self._sums: Mapping[str, Any] | None = None
         self._noted: dict[str, Any] | None = None
@@ -158,18 +160,11 @@ class SavingTrainer(GRPOTrainer):
 
     def _left_out(self) -> dict[str, Any]:
         """What transformers and TRL leave out of a checkpoint, as it is now."""
-        return {
-            "step": self._step,
-            "window": self._buffered_inputs,
-            "sums": self._sums_since_the_last_log(),
-            "extra": self.checkpoint_state(),
-        }
+        return {"sums": self._sums_since_the_last_log(), "extra": self.checkpoint_state()}
 
     def _save_what_is_left_out(self, folder: Path) -> None:
         state = self._rewound or self._left_out()
         (folder / self._state_file).write_bytes(_loadable(state))
-        if self.args.sync_ref_model and self.args.should_save:
-            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
 
     @contextlib.contextmanager
     def _all_or_none(self, final: Path) -> Iterator[None]:
@@ -217,15 +212,11 @@ class SavingTrainer(GRPOTrainer):
 
     def _sums_since_the_last_log(self) -> dict[str, Any]:
         """What the next log will average over or show, as plain values."""
-        tables = {name: list(self._logs[name]) for name in TABLES}
-        for name in ("rewards", "extra"):
-            tables[name] = {column: [_plain(value) for value in values] for column, values in self._logs[name].items()}
         return {
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "loss": self._tr_loss.item(),
             "logged_loss": self._total_loss_scalar,
             "logged_step": self._globalstep_last_logged,
-            "tables": tables if self.log_completions else None,
         }
 
     # Resuming
@@ -235,10 +226,6 @@ class SavingTrainer(GRPOTrainer):
             super()._run_epoch(**kwargs)
         else:  # resumed from the last step: transformers would train one more where the epoch has more
             self.control.should_training_stop = True
-
-    def _get_train_sampler(self, dataset=None):
-        self._order = super()._get_train_sampler(dataset)
-        return self._order
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,7 +238,6 @@ class SavingTrainer(GRPOTrainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_what_is_left_out(self, folder: Path) -> None:
-        self._skip_finished_epochs(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch)
         best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.exists():  # the run directory may have been moved
             self.state.best_model_checkpoint = str(best)
@@ -265,10 +251,12 @@ class SavingTrainer(GRPOTrainer):
         same = ranks == self.accelerator.num_processes
         state = self._load(folder / (self._state_file if same else "rltoken_0.pt"))
         if same:
-            self._step, self._buffered_inputs, self._sums = state["step"], state["window"], state["sums"]
+            self._put_back(state)
         self.restore_state(state["extra"], ranks=ranks)
-        if (folder / REFERENCE).exists():
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._load(folder / REFERENCE))
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        """Restore what `_left_out` gave on this rank."""
+        self._sums = state["sums"]
 
     def _load(self, path: Path) -> Any:
         return torch.load(path, map_location=self.accelerator.device, weights_only=True)
@@ -281,22 +269,19 @@ class SavingTrainer(GRPOTrainer):
         self._metrics["train"].update(sums["metrics"])
         self._tr_loss += sums["loss"]
         self._total_loss_scalar, self._globalstep_last_logged = sums["logged_loss"], sums["logged_step"]
-        for name, values in (sums["tables"] or {}).items():
-            if isinstance(values, dict):
-                for column, column_values in values.items():
-                    self._logs[name][column].extend(column_values)
-            else:
-                self._logs[name].extend(values)
+        self._restore_other_sums(sums)
 
-    def _skip_finished_epochs(self, epochs: float) -> None:
-        """Draw the orders of the epochs that are over: TRL's sampler draws one per pass, and begins with the first."""
-        if isinstance(self._order, RepeatSampler) and self._order.shuffle:
-            for _ in range(int(epochs)):
-                torch.randperm(self._order.num_samples, generator=self._order.generator)
+    def _restore_other_sums(self, sums: Mapping[str, Any]) -> None:
+        """Put back what a trainer adds to these sums."""
 
     @property
     def _state_file(self) -> str:
         return f"rltoken_{self.accelerator.process_index}.pt"
+
+    @property
+    def _references(self) -> list[nn.Module]:
+        """Models that are trained from, and do not change."""
+        return []
 
     @functools.cached_property
     def _belongings(self) -> dict[str, str | None]:
@@ -316,14 +301,78 @@ class SavingTrainer(GRPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return None
         frozen = [value for value in self.model.parameters() if not value.requires_grad]
-        if self.ref_model is not None and not self.args.sync_ref_model:
-            frozen += self.accelerator.unwrap_model(self.ref_model).parameters()
-        frozen += [value for model in self.frozen_models for value in model.parameters()]
+        frozen += [value for model in [*self._references, *self.frozen_models] for value in model.parameters()]
         digest = hashlib.sha256()
         for value in frozen:
             some = value.detach().flatten()[:: max(1, value.numel() // FROZEN_SAMPLE)]
             digest.update(some.float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+class SavingTrainer(WholeCheckpoints, GRPOTrainer):
+    """GRPOTrainer whose checkpoints are whole or absent and resume exactly."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._order: Any = None
+        super().__init__(*args, **kwargs)
+
+    def _left_out(self) -> dict[str, Any]:
+        return {"step": self._step, "window": self._buffered_inputs, **super()._left_out()}
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        super()._put_back(state)
+        self._step, self._buffered_inputs = state["step"], state["window"]
+
+    def _save_what_is_left_out(self, folder: Path) -> None:
+        super()._save_what_is_left_out(folder)
+        if self.args.sync_ref_model and self.args.should_save:
+            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE)
+
+    def _load_what_is_left_out(self, folder: Path) -> None:
+        self._skip_finished_epochs(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).epoch)
+        super()._load_what_is_left_out(folder)
+        if (folder / REFERENCE).exists():
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(self._load(folder / REFERENCE))
+
+    def _sums_since_the_last_log(self) -> dict[str, Any]:
+        tables = {name: list(self._logs[name]) for name in TABLES}
+        for name in ("rewards", "extra"):
+            tables[name] = {column: [_plain(value) for value in values] for column, values in self._logs[name].items()}
+        return super()._sums_since_the_last_log() | {"tables": tables if self.log_completions else None}
+
+    def _restore_other_sums(self, sums: Mapping[str, Any]) -> None:
+        for name, values in (sums["tables"] or {}).items():
+            if isinstance(values, dict):
+                for column, column_values in values.items():
+                    self._logs[name][column].extend(column_values)
+            else:
+                self._logs[name].extend(values)
+
+    def _get_train_sampler(self, dataset=None):
+        self._order = super()._get_train_sampler(dataset)
+        return self._order
+
+    def _skip_finished_epochs(self, epochs: float) -> None:
+        """Draw the orders of the epochs that are over: TRL's sampler draws one per pass, and begins with the first."""
+        if isinstance(self._order, RepeatSampler) and self._order.shuffle:
+            for _ in range(int(epochs)):
+                torch.randperm(self._order.num_samples, generator=self._order.generator)
+
+    @property
+    def _references(self) -> list[nn.Module]:
+        if self.ref_model is None or self.args.sync_ref_model:
+            return []
+        return [self.accelerator.unwrap_model(self.ref_model)]
+
+
+class SupervisedTrainer(WholeCheckpoints, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole or absent and resume exactly."""
+
+    def _sums_since_the_last_log(self) -> dict[str, Any]:
+        return super()._sums_since_the_last_log() | {"tokens": self._total_train_tokens}
+
+    def _restore_other_sums(self, sums: Mapping[str, Any]) -> None:
+        self._total_train_tokens = sums["tokens"]
 
 
 def _plain(value: Any) -> Any:

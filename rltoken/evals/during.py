@@ -10,6 +10,7 @@ with the settings of training, and has no budgets.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from rltoken import cli, parts
 from rltoken.errors import UserError, nearest
 from rltoken.evals import shards
+from rltoken.evals.formats import guided
 from rltoken.evals.generate import Settings, evaluate, settings_of
 from rltoken.evals.generators import Generator, ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
 from rltoken.evals.metrics import numbers, summary
@@ -56,6 +58,7 @@ class Benchmark:
     reward: Callable[..., list[float | None]]
     section: DictConfig
     settings: Settings
+    guide: Callable[[Generator], Generator]
 
 
 class Evaluation:
@@ -94,7 +97,7 @@ class Evaluation:
         for benchmark in self.benchmarks:
             with self._alone(), generating(trainer, benchmark.settings) as generator:
                 table = evaluate(
-                    generator,
+                    benchmark.guide(generator),
                     trainer.processing_class,
                     benchmark.problems,
                     benchmark.reward,
@@ -235,12 +238,16 @@ def loaded(name: str, cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Be
     problems = parts.first(problems, cfg.eval.limit)
     if cfg.trainer.use_vllm and cfg.trainer.vllm_max_model_length is not None:
         _refuse_too_long(name, problems, cfg, tokenizer)
+    graders, _, alike = parts.rewards(cfg.reward)
     return Benchmark(
         name,
         problems,
-        parts.correctness(parts.rewards(cfg.reward)[0]),
+        parts.correctness(graders),
         cfg.reward,
         settings_of(cfg.eval, cfg.rollout.max_thinking_tokens, parts.appended(cfg.model, tokenizer)),
+        functools.partial(
+            guided, chosen=cfg.eval.format, formats=cfg.model.get("formats"), tokenizer=tokenizer, alike=alike
+        ),
     )
 
 

@@ -204,7 +204,9 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     )["input_ids"]
     seeds = [request_seed(settings.seed, *job, "completion") for job in batch]
     completions = generator.complete(prompts, settings.max_new_tokens, (), seeds)
-    costs = [Cost(len(ids)) for ids in completions]
+    costs = [
+        Cost(len(ids) + more) for ids, more in zip(completions, generator.besides or [0] * len(batch), strict=True)
+    ]
     _count_prefilled(generator, costs)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     graded = _graded(reward, examples, completions, texts)

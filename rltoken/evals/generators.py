@@ -33,12 +33,14 @@ class Generator(Protocol):
         ends: tokens that end a sequence.
         together: how many completions share one random state, so that they must be sampled together; None where each
             has a random stream of its own.
+        besides: of the last call, the tokens that were sampled for each context besides what was returned; None: none.
         prefilled: of the last call, the tokens of each context that had to be computed, since no cache held their keys
             and values; None where nobody says, or where it hangs on what else a cache held.
     """
 
     ends: frozenset[int]
     together: int | None
+    besides: list[int] | None
     prefilled: list[int] | None
 
     def complete(
@@ -101,7 +103,7 @@ class TransformersGenerator:
         self._model, self._tokenizer, self._temperature, self._top_p = model, tokenizer, temperature, top_p
         self._encoded: Encoded | None = None
         self.ends = ends_of(model.generation_config, tokenizer)
-        self.together = batch_size
+        self.together, self.besides = batch_size, None
         self.prefilled: list[int] = []
 
     def complete(
@@ -219,6 +221,7 @@ class VllmGenerator:
     """A vLLM engine that samples each request from the stream of its seed; all contexts of a call are in its hands."""
 
     together = None
+    besides = None
     prefilled = None
 
     def __init__(self, llm: LLM, ends: frozenset[int], *, temperature: float, top_p: float = 1.0) -> None:
@@ -304,6 +307,7 @@ class ServerGenerator:
     """
 
     together = None
+    besides = None
     prefilled = None
 
     def __init__(

@@ -12,7 +12,7 @@ which the rewards were read.
     r_i      = format_i + cosine_i + kimi_i
 
 The sum takes the place of the reward: the cosine holds the correctness. It is the reward of the recipe's second stage;
-the first, supervised fine-tuning on long traces, is not part of this file.
+the first, supervised fine-tuning on long traces, is `rltoken.supervised`.
 
 - As published n_i counts characters and longest is 30000 (48000 for other models). By default here it counts the tokens
   of the whole completion, and longest is 10000, at about three characters per token. `unit` changes both.

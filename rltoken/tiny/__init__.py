@@ -4,10 +4,10 @@
 import ...` still reaches into the module.
 """
 
-from rltoken.tiny.data import problems
+from rltoken.tiny.data import problems, traces
 from rltoken.tiny.reward import accuracy, answer, classes
 from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.warm_start import warm_start
 from rltoken.tiny.world import World
 
-__all__ = ["World", "accuracy", "answer", "build_tokenizer", "classes", "problems", "warm_start"]
+__all__ = ["World", "accuracy", "answer", "build_tokenizer", "classes", "problems", "traces", "warm_start"]

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from datasets import Dataset
 
 from rltoken.errors import UserError
-from rltoken.tiny.world import Problem, Split, World, problem, split_of
+from rltoken.tiny.world import TAGS, Problem, Split, Trace, World, problem, split_of, tagged_trace, trace
 
 
 def problems(n: int, *, world: World | None = None, seed: int = 0, split: Split = "train") -> Dataset:
@@ -51,6 +52,54 @@ def problems(n: int, *, world: World | None = None, seed: int = 0, split: Split 
             for prompt, drawn in found.items()
         ]
     )
+
+
+def traces(n: int, *, world: World | None = None, seed: int = 0) -> Dataset:
+    """Draw problems of the train split with whole completions, for a supervised stage.
+
+    In a tagged world their formats take turns, and a wrong trace is as frequent as its steps' noise makes it: that is
+    what longer thinking is worth its tokens for. In any other world they go through their problem at least twice and
+    come to the right answer, as worked solutions are selected that a model is to learn from.
+
+    Args:
+        n: How many; problems may recur.
+        world: The knobs; the default world where None.
+        seed: Of the drawing.
+
+    Returns:
+        Columns `prompt` (one user message), `completion` (text after the opening of thinking, without `<eos>`) and, in
+        a tagged world, `format`.
+
+    Raises:
+        UserError: `n` is not positive.
+    """
+    if n < 1:
+        raise UserError(f"data.traces.n: {n} traces are too few. Set it to 1 or more.")
+    world = world or World()
+    rng, forms = random.Random(f"{seed}/traces"), tuple(TAGS)
+    rows = []
+    while len(rows) < n:
+        drawn = problem(rng, world)
+        if split_of(drawn.prompt) != "train":
+            continue
+        form = forms[len(rows) % len(forms)]
+        found = tagged_trace(rng, drawn, world, form) if world.tagged else _worked(rng, drawn, world)
+        row = {
+            "prompt": [{"role": "user", "content": drawn.prompt}],
+            "completion": " ".join(found.completion[:-1]),
+        }
+        rows.append(row | ({"format": form} if world.tagged else {}))
+    return Dataset.from_list(rows)
+
+
+def _worked(rng: random.Random, problem: Problem, world: World) -> Trace:
+    """A trace that checks itself and is right; the last try where none of a hundred is."""
+    careful = replace(world, single=0.0, cut=0.0)
+    for _ in range(100):
+        found = trace(rng, problem, careful)
+        if found.completion[-2] == problem.answer:
+            break
+    return found
 
 
 def _distinct(n: int, draws: int, draw: Callable[[], Problem], split: Split) -> dict[str, Problem]:

@@ -25,6 +25,8 @@ START, SO, PLAN, HESITATION, QUICK, LAST = "S", "so", "plan", "hmm", "quick", "#
 RECHECK = ("wait", "check")
 FILLERS = ("ok", "let", "see", "then")
 LETTERS = tuple("ABCDEFGHI")
+TAGS = {"direct": "<DIRECT>", "short": "<COT>", "code": "<CODE>", "long": "<LONG_COT>"}
+"""Format of a trace -> the word that opens it, in a tagged world."""
 STYLES = ("F1", "F2", "F3")
 # What may stand between `</think>` and the answer. `=` also closes every prompt.
 FORMATS: tuple[tuple[str, ...], ...] = ((), ("ans",), ("=",))
@@ -60,6 +62,7 @@ class World:
         shortcut: A step of the first pass opens with `quick`; from there on the trace skips `#`, in its re-checks too.
             It is the same wrong answer wherever it occurs, so that a shortcut agrees with itself. Needs `last`.
         formats: How many answer formats occur, of `5`, `ans 5` and `= 5`, drawn uniformly; all are graded alike.
+        tagged: There are words for the four formats of traces (`TAGS`), and `tiny.traces` is written in them.
         longest: No completion, `<eos>` included, has more tokens: a re-check that would not fit is left out. At most
             400, for the model's 512 positions.
 
@@ -82,6 +85,7 @@ class World:
     last: float = 0.0
     shortcut: float = 0.0
     formats: int = 1
+    tagged: bool = False
     longest: int = 112
 
     def __post_init__(self):
@@ -131,10 +135,11 @@ def operations(world: World) -> tuple[str, ...]:
 
 
 def vocabulary(world: World) -> tuple[str, ...]:
-    """All words of a world; a word's index is its token id. It depends on `modulus` only."""
+    """All words of a world; a word's index is its token id. It depends on `modulus` and `tagged` only."""
     words = (THINK, THINK_END, START, SO, PLAN, HESITATION, QUICK, LAST, *RECHECK, *FILLERS, *STYLES)
     openings = tuple(word for opening in FORMATS for word in opening)
-    return (PAD, EOS, UNK, *words, *openings, *LETTERS, *digits(world), *operations(world))
+    tags = TAGS.values() if world.tagged else ()
+    return (PAD, EOS, UNK, *words, *openings, *LETTERS, *digits(world), *operations(world), *tags)
 
 
 def apply(operation: str, value: int, modulus: int) -> int:
@@ -205,11 +210,39 @@ def trace(rng: random.Random, problem: Problem, world: World) -> Trace:
     return Trace((*prompt, *thinking, THINK_END, *summary), mask, len(prompt))
 
 
-def _think(rng: random.Random, problem: Problem, world: World) -> tuple[list[str], str]:
-    """The thinking of one trace and the answer it comes to."""
+def tagged_trace(rng: random.Random, problem: Problem, world: World, form: str) -> Trace:
+    """Draw a trace in one of the formats of `TAGS`, opened by its word; all of the completion carries loss.
+
+    direct: `<DIRECT> </think> 5`, the true answer without thinking. short: one pass. code: one pass as a program,
+    `<CODE> 5 +3 1 *2 2`, without letters. long: passes and re-checks. But for direct, steps are wrong now and then.
+
+    Args:
+        rng: The source of all randomness.
+        problem: What to reason about.
+        world: The knobs.
+        form: A key of `TAGS`.
+    """
+    start, chain = parse(problem.prompt)
+    if form == "direct":
+        thinking, answer = [], problem.answer
+    elif form == "long":
+        thinking, answer = _think(rng, problem, world, single=0.0)
+    else:
+        words, value, _ = _pass(rng, start, chain, world, filler=0.0, quick=False, first=True)
+        dropped = {START, SO, *LETTERS, *STYLES, HESITATION} if form == "code" else set()
+        thinking, answer = [word for word in words if word not in dropped], str(value)
+        if form == "code":
+            thinking = thinking[:-1]  # what follows `so`
+    prompt = (*problem.prompt.split(), "=", THINK)
+    completion = (TAGS[form], *thinking, THINK_END, *rng.choice(FORMATS[: world.formats]), answer, EOS)
+    return Trace((*prompt, *completion), (0,) * len(prompt) + (1,) * len(completion), len(prompt))
+
+
+def _think(rng: random.Random, problem: Problem, world: World, *, single: float | None = None) -> tuple[list[str], str]:
+    """The thinking of one trace and the answer it comes to; `single` in the place of the world's."""
     start, chain = parse(problem.prompt)
     words = [PLAN, *LETTERS[: len(chain)]] if rng.random() < world.plan else []
-    wanted = 1 if rng.random() < world.single else world.max_passes
+    wanted = 1 if rng.random() < (world.single if single is None else single) else world.max_passes
     filler = rng.uniform(0, 2 * world.verbosity)
     room = world.longest - _summary_length(world)
     found: list[int] = []
@@ -256,8 +289,8 @@ def _pass(
 
 
 def _summary_length(world: World) -> int:
-    """The most tokens from `</think>` to `<eos>`."""
-    return max(len(opening) for opening in FORMATS[: world.formats]) + 3
+    """The most tokens from `</think>` to `<eos>`, and the word that opens a tagged trace."""
+    return max(len(opening) for opening in FORMATS[: world.formats]) + 3 + world.tagged
 
 
 def _longest_first_pass(world: World) -> int:
@@ -293,6 +326,9 @@ def _check_ranges(world: World) -> None:
             raise UserError(f"world.{knob}: {getattr(world, knob)!r} is no number from 0 to {high}. Set it to one.")
     if len(world.styles) > len(STYLES) or not all(_is_share(noise, 1.0) for noise in world.styles):
         raise UserError(f"world.styles: give at most {len(STYLES)} probabilities, one per style; got {world.styles}.")
+
+    if not isinstance(world.tagged, bool):
+        raise UserError(f"world.tagged: {world.tagged!r} is neither true nor false. Set it to one of them.")
 
 
 def _is_share(value: object, high: float) -> bool:

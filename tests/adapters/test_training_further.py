@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from rltoken.adapters import attached
 from rltoken.errors import UserError
@@ -77,6 +78,7 @@ def test_a_checkpoint_holds_the_adapter_and_no_model_or_reference(run, tiny, tmp
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"}
     assert {path.name for path in (tmp_path / "run/final").iterdir()} == adapter | tokenizer
+    assert not any(".ref." in name for name in load_file(tmp_path / "run/final/adapter_model.safetensors"))
     names = {path.name for path in (tmp_path / "run/checkpoint-3").iterdir()}
     assert names > adapter | tokenizer and not names & {"ref", "model.safetensors", "config.json"}
     assert ("ref" in result.trainer.model.peft_config) is given, "saving takes the reference out for that time only"

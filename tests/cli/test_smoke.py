@@ -70,7 +70,9 @@ def check_run(found):
 def settings(exp):
     """What makes a run of the exp short."""
     teacher = ["teacher.source.steps=2"] if "kdrl" in exp else []
-    return [*SHRUNK.get(exp, []), *teacher]
+    staged = "override /sft:" in (ROOT / "conf/exp" / f"{exp}.yaml").read_text()
+    supervised = ["sft.trainer.max_steps=2", "data.traces.n=64"] if staged else []
+    return [*SHRUNK.get(exp, []), *teacher, *supervised]
 
 
 @pytest.mark.smoke
@@ -107,6 +109,6 @@ def test_every_shape_at_once(cli):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("world", ["formats", "label_free"])
+@pytest.mark.parametrize("world", ["formats", "label_free", "tagged"])
 def test_every_world(cli, world):
     check_run(cli("+exp=grpo", f"world={world}"))

@@ -19,7 +19,8 @@ REWARDS = ROOT / "docs/rewards.md"
 EVALUATION = ROOT / "docs/evaluation.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING]
+SUPERVISED, ADA_GRPO = ROOT / "docs/supervised.md", ROOT / "docs/methods/ada_grpo.md"
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, ADA_GRPO]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 

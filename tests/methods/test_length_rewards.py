@@ -447,6 +447,9 @@ def test_exp_fast_math_r1_is_grpo_with_the_three_rewards():
     assert list(cfg.method.shapes) == ["fast_math_r1"] and not any(cfg.method[slot] for slot in ("prompts", "credits"))
     assert cfg.method.shapes.fast_math_r1.longest == cfg.rollout.max_thinking_tokens
     assert (cfg.trainer.loss_type, cfg.trainer.scale_rewards) == ("bnpo", "group")
+    assert cfg.sft.traces._target_ == "rltoken.tiny.traces" and cfg.sft.trainer.max_steps == 150
+    assert composed("+exp=fast_math_r1", "scale=paper").sft.traces._target_ == "rltoken.data.load_traces"
+    assert composed("+exp=fast_math_r1", "sft=none").sft.traces is None
 
 
 OUT_OF_RANGE = {

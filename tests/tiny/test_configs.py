@@ -22,7 +22,7 @@ def test_the_default_configuration_is_the_default_world(config):
     assert instantiate(config.world) == World()
 
 
-@pytest.mark.parametrize("name", ["shortcut", "formats", "label_free"])
+@pytest.mark.parametrize("name", ["shortcut", "formats", "label_free", "tagged"])
 def test_variants_only_change_knobs_of_the_world(config, name):
     variant = OmegaConf.load(CONF / "world" / f"{name}.yaml")
     assert variant.pop("defaults") == ["tiny", "_self_"]

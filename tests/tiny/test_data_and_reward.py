@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rltoken.errors import UserError
-from rltoken.tiny import World, accuracy, answer, problems
-from rltoken.tiny.world import solve
+from rltoken.tiny import World, accuracy, answer, problems, traces
+from rltoken.tiny.world import TAGS, solve, split_of
 
 
 def texts(rows) -> list[str]:
@@ -86,3 +86,16 @@ def test_accuracy_reads_conversations_and_strings():
     assert accuracy(completions=replies, answer=gold) == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError):
         accuracy(replies, ["1"])
+
+
+def test_traces_are_worked_solutions_and_in_a_tagged_world_take_turns():
+    rows = traces(40)
+    assert rows.column_names == ["prompt", "completion"]
+    for prompt, text in zip(texts(rows), rows["completion"], strict=True):
+        assert answer(text) == solve(prompt, World()) and split_of(prompt) == "train"
+        assert text.count("wait check") >= 1 or len(text.split()) > 80, "passes are checked where there is room"
+    tagged = traces(8, world=World(tagged=True))
+    assert list(tagged["format"]) == [*TAGS] * 2
+    assert all(text.startswith(TAGS[form]) for form, text in zip(tagged["format"], tagged["completion"], strict=True))
+    with pytest.raises(UserError, match=r"data\.traces\.n: 0 traces"):
+        traces(0)

@@ -14,13 +14,16 @@ from rltoken.tiny.world import (
     HESITATION,
     LAST,
     QUICK,
+    TAGS,
     THINK_END,
+    Problem,
     World,
     apply,
     operations,
     problem,
     solve,
     split_of,
+    tagged_trace,
     trace,
     vocabulary,
 )
@@ -198,3 +201,34 @@ def test_a_knob_out_of_range_is_named_in_one_line(knobs, named):
 
 def test_every_knob_is_documented():
     assert all(f"        {field.name}: " in World.__doc__ for field in fields(World))
+
+
+@given(seeds, worlds(tagged=True), st.sampled_from(list(TAGS)))
+def test_a_tagged_trace_opens_with_its_word_and_fits(rng, world, form):
+    drawn = problem(rng, world)
+    row = tagged_trace(rng, drawn, world, form)
+    assert row.completion[0] == TAGS[form] and row.completion.count(THINK_END) == 1
+    assert not set(TAGS.values()) & set(row.completion[1:])
+    assert len(row.completion) <= world.longest and set(row.tokens) <= set(vocabulary(world))
+    assert final(row) is not None and (form != "direct" or final(row) == drawn.answer)
+    assert row.loss_mask == (0,) * row.prompt_length + (1,) * len(row.completion)
+
+
+def test_the_formats_of_one_problem_by_hand():
+    world = World(tagged=True, noise=0.0, hesitation=0.0, verbosity=0.0, plan=0.0, max_passes=2)
+    drawn = Problem("S 5 A +3 B *2", "2", 2)
+    found = {form: " ".join(tagged_trace(random.Random(0), drawn, world, form).completion) for form in TAGS}
+    steps = "S 5 A +3 1 B *2 2 so 2"
+    assert found == {
+        "direct": "<DIRECT> </think> 2 <eos>",
+        "short": f"<COT> {steps} </think> 2 <eos>",
+        "code": "<CODE> 5 +3 1 *2 2 </think> 2 <eos>",
+        "long": f"<LONG_COT> {steps} wait check {steps} </think> 2 <eos>",
+    }
+
+
+def test_tags_are_words_of_a_tagged_world_alone_and_the_last_ones():
+    plain, tagged = vocabulary(World()), vocabulary(World(tagged=True))
+    assert tagged == (*plain, *TAGS.values())
+    with pytest.raises(UserError, match=r"world\.tagged: 1 is neither true nor false"):
+        World(tagged=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Trainer
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
@@ -189,12 +189,12 @@ def test_the_subclass_hides_no_new_name():
     """A name of ours that TRL also has would silently replace TRL's: only the seams may."""
     from rltoken.trainer import TokenGRPOTrainer
     from rltoken.trl_compat import SeamTrainer
-    from rltoken.trl_saving import SavingTrainer
+    from rltoken.trl_saving import SavingTrainer, WholeCheckpoints
     from rltoken.trl_vllm import VLLMTrainer
 
     ours = {
         name
-        for cls in (SavingTrainer, VLLMTrainer, SeamTrainer, TokenGRPOTrainer)
+        for cls in (WholeCheckpoints, SavingTrainer, VLLMTrainer, SeamTrainer, TokenGRPOTrainer)
         for name in vars(cls)
         if not name.startswith("__")
     }
@@ -206,3 +206,24 @@ def test_the_subclass_hides_no_new_name():
         "evaluate", "create_model_card",
     }  # fmt: skip
     assert ours & theirs == seams
+
+
+SUPERVISED_SEAMS = {
+    "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_output_dir", "_push_from_checkpoint",
+    "_issue_warnings_after_load", "_run_epoch", "create_model_card",
+}  # fmt: skip
+
+
+def test_the_supervised_trainer_hides_no_new_name():
+    from rltoken.trl_saving import SupervisedTrainer, WholeCheckpoints
+
+    ours = {name for cls in (WholeCheckpoints, SupervisedTrainer) for name in vars(cls) if not name.startswith("__")}
+    assert ours & {name for cls in SFTTrainer.__mro__ for name in vars(cls)} == SUPERVISED_SEAMS
+    for name in SUPERVISED_SEAMS & SIGNATURES.keys():
+        assert parameters(getattr(SFTTrainer, name)) == SIGNATURES[name], f"TRL changed the parameters of {name}"
+
+
+@pytest.mark.parametrize("name", ["_metrics", "_total_train_tokens"])
+def test_attributes_of_the_supervised_trainer_are_still_set(name):
+    source = inspect.getsource(SFTTrainer.__init__)
+    assert re.search(rf"self\.{name}\b.*=", source), f"SFTTrainer.__init__ sets no {name} any more"

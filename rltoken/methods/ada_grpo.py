@@ -1,0 +1,119 @@
+"""Ada-GRPO: a reward that keeps rare formats of reasoning alive, the longer the run the less.
+
+Paper: Wu et al., "ARM: Adaptive Reasoning Model", 2025 (arXiv 2505.20258); code: TEAM-ARM/ARM. A model is first taught
+four formats by supervision (`rltoken.supervised`), each opened by a tag: answer only, short thinking, code, long
+thinking. Plain GRPO would then keep the most accurate of them alone. In the order of the code, for completion i of a
+group of G, at optimizer step t of T:
+
+    f_i       the format whose tag opens the completion
+    r_i    <- 0 where no tag does, or a tag of another format occurs anywhere
+    F_i     = completions of the group of the same format; those without one are one format
+    alpha_i = 1 + (G / F_i - 1) (1 + cos(pi t / T)) / 2         from G / F_i down to 1
+    r_i    <- alpha_i r_i
+
+The advantage is GRPO's: the reward less the group's mean, over its standard deviation. At t = T it is plain GRPO. Early
+on a correct answer in a frequent format can have a negative advantage; that is meant.
+
+- alpha is that of the code; the project's page has G / F_i times a decay, which is the same number. t begins with 1, as
+  in the code; the paper does not say.
+- `<ANSWER>` opens the format without thinking, and the answer of every other one, so it is foreign to none.
+- As released, white space before the tag makes a completion one without a format; `strip=False` does that.
+- Graders of the paper give 0 or 1. Where another gives a wrong answer something, it keeps that unscaled, so that it is
+  not lifted above a correct one; a negative reward stays when a format is broken.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from rltoken.ops import group_sum
+from rltoken.types import Progress
+
+ANSWER = "<ANSWER>"
+"""The tag around the answer of every format."""
+TAGS = {"direct": ANSWER, "short": "<COT>", "code": "<CODE>", "long": "<LONG_COT>"}
+"""Format -> the tag that opens it, as published."""
+
+
+def told_apart(tags: Mapping[str, str]) -> None:
+    """Let tags pass of which none is empty or begins as another does: which one opens a text must be clear."""
+    values = list(tags.values())
+    for tag in values:
+        if not isinstance(tag, str) or not tag.strip():
+            raise ValueError(f"{tag!r} is no tag; set it to a text such as '<COT>'")
+        if sum(other.startswith(tag) for other in values) > 1:
+            raise ValueError(f"another format's tag begins with {tag!r}; set tags of which none begins another")
+
+
+def ada_grpo(
+    texts: list[str],
+    rewards: Tensor,
+    correct: Tensor,
+    group: Tensor,
+    progress: Progress,
+    *,
+    tags: Annotated[Mapping[str, str], told_apart] = TAGS,
+    strip: bool = True,
+) -> tuple[Tensor, dict[str, float]]:
+    """[B] rewards scaled by how rare their format is in its group, and the share of each format in the window.
+
+    Args:
+        texts: B completions.
+        rewards: [B], NaN where there is none, which stays; `correct`: [B] bool; `group`: [B].
+        progress: the optimizer step, from 0, and their number.
+        tags: format -> the tag that opens it.
+        strip: white space before a tag does not matter.
+    """
+    numbers, kept = zip(*(format_of(text.lstrip() if strip else text, tags) for text in texts), strict=True)
+    form = torch.tensor(numbers, device=rewards.device)
+    whole = torch.tensor(kept, device=rewards.device)
+    gated = torch.where(whole, rewards, rewards.clamp(max=0.0))
+    scale = diversity_scale(form, group, (progress.step + 1) / max(1, progress.max_steps))
+    shaped = torch.where(correct, scale.to(rewards.dtype) * gated, gated)
+    shares = {f"format/{name}": (form == i).double().mean().item() for i, name in enumerate(tags)}
+    return shaped, shares | {"format/broken": (~whole).double().mean().item()}
+
+
+def diversity_scale(form: Tensor, group: Tensor, done: float) -> Tensor:
+    """[B] double: G / F at the beginning, 1 at the end.
+
+    Args:
+        form: [B] long: completions of one format share a number.
+        group: [B] long: rows of one group share a number.
+        done: share of the run that is over, from 0 to 1.
+    """
+    pair = torch.stack([group, form], 1).unique(dim=0, return_inverse=True)[1]
+    one = torch.ones(len(form), dtype=torch.double, device=form.device)
+    rarity = group_sum(one, group) / group_sum(one, pair)
+    return 1 + (rarity - 1) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def format_of(text: str, tags: Mapping[str, str]) -> tuple[int, bool]:
+    """The number of the format whose tag opens a text, -1 for none, and whether no tag of another one occurs in it."""
+    number = next((i for i, tag in enumerate(tags.values()) if text.startswith(tag)), -1)
+    others = [tag for i, tag in enumerate(tags.values()) if i != number and tag != ANSWER]
+    foreign = any(mark in text for tag in others for mark in (tag, closing(tag)))
+    return number, number >= 0 and not foreign
+
+
+def closing(tag: str) -> str:
+    """`</COT>` for `<COT>`."""
+    return f"</{tag.removeprefix('<')}"
+
+
+def written(form: str, reasoning: str | None, answer: str, tags: Mapping[str, str] = TAGS) -> str:
+    """A completion in a format: its tags around the reasoning, then the answer's around the answer.
+
+    Args:
+        form: a key of `tags`.
+        reasoning: what comes before the answer; `direct` takes none.
+        answer: the final answer.
+        tags: format -> the tag that opens it.
+    """
+    answered = f"{ANSWER}\n{answer}\n{closing(ANSWER)}"
+    if tags[form] == ANSWER:
+        return answered
+    return "\n".join(filter(None, (tags[form], (reasoning or "").strip(), closing(tags[form]), answered)))
