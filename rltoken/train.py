@@ -236,23 +236,14 @@ def assemble(
     Raises:
         UserError: something cannot be loaded, or not be evaluated as it is sampled.
     """
-    from accelerate import PartialState
-
     from rltoken import parts
     from rltoken.callbacks import MetricsFile
-    from rltoken.data import warn_shared
     from rltoken.evals.during import KeptEvaluations
     from rltoken.trainer import TokenGRPOTrainer
 
     cli.leave_terminal_to_us()
-    with PartialState().main_process_first():  # what is converted or trained once and cached is made by rank 0
-        path = begun or parts.source(cfg.model)
-        tokenizer = parts.tokenizer(cfg.model, path)
-        train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
-        apart = between.load(tokenizer) if between else None
+    path, tokenizer, train, evaluation, apart = loaded(cfg, between, begun)
     teacher = parts.teacher(cfg, pipeline, tokenizer)
-    if runs.is_main_process():
-        warn_shared(train, evaluation)
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
     refuse_unserved(cfg, args, path)
@@ -280,6 +271,30 @@ def assemble(
         refuse_split_weights(trainer)
     problems = parts.first(evaluation, cfg.eval.limit)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
+
+
+def loaded(cfg: DictConfig, between: Evaluation | None, begun: str | None) -> tuple[str, Any, Dataset, Dataset, Any]:
+    """Where the model is, its tokenizer, the problems to train and to evaluate on, and those evaluated during training.
+
+    Args:
+        between, begun: as in `assemble`.
+
+    Raises:
+        UserError: something cannot be loaded.
+    """
+    from accelerate import PartialState
+
+    from rltoken import parts
+    from rltoken.data import warn_shared
+
+    with PartialState().main_process_first():  # what is converted or trained once and cached is made by rank 0
+        path = begun or parts.source(cfg.model)
+        tokenizer = parts.tokenizer(cfg.model, path)
+        train, evaluation = (parts.problems(cfg.data, role, tokenizer) for role in ("train", "eval"))
+        apart = between.load(tokenizer) if between else None
+    if runs.is_main_process():
+        warn_shared(train, evaluation)
+    return path, tokenizer, train, evaluation, apart
 
 
 def refuse_unserved(cfg: DictConfig, args: Any, path: str) -> None:

@@ -136,11 +136,39 @@ def prefix_rollouts(
     )
     if not progress_answers:
         return rollout
+    return with_progress(
+        rollout, sampler, kept, before, cut_up, answers=progress_answers, max_new_tokens=max_new_tokens
+    )
+
+
+def with_progress(
+    rollout: Rollout,
+    sampler: Sampler,
+    kept: Sequence[int],
+    before: Tensor,
+    cut_up: Callable[[Rollout, int], list[int]],
+    *,
+    answers: int,
+    max_new_tokens: int,
+) -> Rollout:
+    """The rollout with `episode_progress` published: the progress of the episode that follows each row's prefix.
+
+    Args:
+        kept: tokens of each group's prefix.
+        before: [groups] J there.
+        cut_up: gives a row's episodes.
+        answers, max_new_tokens: behind each J, and tokens of one.
+    """
+    size, n = rollout.group_size, len(rollout.inputs)
     following = [
-        forced_at(rollout.rows[i], next(end for end in cut_up(rollout, i) if end > kept[i // size]), sampler)
+        forced_at(
+            rollout.rows[i],
+            next((end for end in cut_up(rollout, i) if end > kept[i // size]), kept[i // size]),
+            sampler,
+        )
         for i in range(n)
     ]
-    after = mean_scores(rollout, sampler, following, answers=progress_answers, max_new_tokens=max_new_tokens)
+    after = mean_scores(rollout, sampler, following, answers=answers, max_new_tokens=max_new_tokens)
     progress = (after - before.repeat_interleave(size)).nan_to_num(0.0)
     return replace(
         rollout,

@@ -122,7 +122,7 @@ def on_trained(tensors, mask):
     return [value[:, : mask.size(1)][mask > 0] if value.dim() == 2 else value for value in tensors]
 
 
-def close(found, expected):
+def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -141,7 +141,7 @@ def test_masked_tokens_and_padding_never_matter(name, seed, case):
         value = signals[key] if key == "mask" else torch.where(kept, signals[key], other).to(signals[key].dtype)
         columns = (0, 0) * (value.dim() - 2)
         dirty[key] = pad(value, (*columns, 0, 3), value=0 if key in ("mask", "ids") else GARBAGE)
-    close(on_trained(run(name, dirty), mask), on_trained(run(name, signals), mask))
+    assert_same(on_trained(run(name, dirty), mask), on_trained(run(name, signals), mask))
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name not in DRAWN])
@@ -153,7 +153,7 @@ def test_the_order_of_rows_does_not_matter(name, seed, case):
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
     found, expected = run(name, rows_of(signals, order)), run(name, signals)
     moved = [value[order] if value.dim() else value for value in expected]
-    close(on_trained(found, signals["mask"][order]), on_trained(moved, signals["mask"][order]))
+    assert_same(on_trained(found, signals["mask"][order]), on_trained(moved, signals["mask"][order]))
 
 
 @pytest.mark.parametrize("case", CASES)
