@@ -3,10 +3,15 @@
 
     python -m rltoken.train +exp=grpo,brpo seed=0,1,2,3,4 'model.seed=${seed}' --multirun
     python scripts/seeds.py runs/*-s* --picture curves.png
+    python scripts/seeds.py runs/*-s* --level 0.9       after how many steps rollouts are right nine times in ten
 
 Runs that differ in nothing but their seeds are one setting. Each run's numbers are means over one fixed problem set;
 intervals are Student's t over the seeds (95 %), of the paired differences where two things are compared. Run folders
 without a report are left out, and said to be.
+
+While training: the accuracy of all rollouts of the run, and the entropy of the last five windows, both as logged. The
+level is reached at the first optimizer step at which the mean of five windows has it. A run that never does counts with
+its last step, which understates differences; how many these are stands beside it.
 """
 
 import argparse
@@ -16,6 +21,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -24,9 +30,11 @@ from rich.table import Table
 from rltoken import identity
 from rltoken.evals.intervals import mean_interval, paired_interval
 from rltoken.report import curves as draw
+from rltoken.report import read_metrics
 
 METRICS = {
     "accuracy": ".3f",
+    "pass_at_k": ".3f",
     "anytime_accuracy": ".3f",
     "final_accuracy": ".3f",
     "thinking_tokens": ".1f",
@@ -45,13 +53,18 @@ AGAINST = (
     ("self_reward_auroc", "mean_logp_auroc"),
 )
 """Numbers of one evaluation that are compared with each other."""
+TRAINING = {"rollout_accuracy": ".3f", "entropy": ".3f", "steps_to_level": ".1f"}
+FORMS = METRICS | TRAINING
+SMOOTHED = 5
+"""Windows whose mean is looked at while training: the accuracy of one is that of a few dozen completions."""
 SEEDS = {"seed", "model.seed", "model.source.seed"}
+PHASES = {"after": "after training", "training": "while training"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""
 
 
-def read(folders):
-    """Setting -> seed -> report of the finished runs.
+def read(folders, level=None):
+    """Setting -> seed -> report of the finished runs, with what `while_training` says of each as a further phase.
 
     Raises:
         SystemExit: two runs of one setting have the same seed, were evaluated otherwise, or there is none.
@@ -69,7 +82,7 @@ def read(folders):
                     f"{folder}: {key}={how.get(key)} where runs before it have {evaluated.get(key)}; compare them apart"
                 )
         evaluated = how
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "report.json").read_text()) | {"training": while_training(folder, level)}
         if not (report["before"] and report["after"]):
             print(f"{folder}: left out, it was not evaluated before and after", file=sys.stderr)
             continue
@@ -77,7 +90,9 @@ def read(folders):
         label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
         if values["seed"] in settings[label]:
             sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
-        settings[label][values["seed"]] = {phase: of_all_samples(report[phase]) for phase in ("before", "after")}
+        settings[label][values["seed"]] = report | {
+            phase: of_all_samples(report[phase]) for phase in ("before", "after")
+        }
     if len(set(labels.values())) < len(labels):
         sys.exit("two settings would have the same label: give the runs names that say how they differ")
     if not settings:
@@ -90,6 +105,23 @@ def of_all_samples(numbers):
     return {
         name: value[-1] if name in METRICS and isinstance(value, list) else value for name, value in numbers.items()
     }
+
+
+def while_training(folder, level):
+    """Accuracy of the rollouts, entropy at the end and steps to a level, as far as a run's metrics.jsonl has them."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "rewards/accuracy/mean" in line]
+    if len(lines) < SMOOTHED:
+        return {}
+    accuracy = [line["rewards/accuracy/mean"] for line in lines]
+    found = {
+        "rollout_accuracy": fmean(accuracy),
+        "entropy": fmean(line["entropy"] for line in lines[-SMOOTHED:]),
+    }
+    if level is None:
+        return found
+    smooth = [fmean(accuracy[end - SMOOTHED : end]) for end in range(SMOOTHED, len(accuracy) + 1)]
+    reached = [line["step"] for line, value in zip(lines[SMOOTHED - 1 :], smooth, strict=True) if value >= level]
+    return found | {"steps_to_level": reached[0] if reached else lines[-1]["step"], "never": not reached}
 
 
 def difference(after, before, form):
@@ -106,24 +138,37 @@ def each_setting(settings, metrics):
     for label, reports in settings.items():
         values = {phase: {m: [r[phase][m] for r in reports.values()] for m in metrics} for phase in ("before", "after")}
         for phase, name in (("before", label), ("after", "")):
-            means = [f"{mean_interval(values[phase][metric]):{METRICS[metric]}}" for metric in metrics]
+            means = [f"{mean_interval(values[phase][metric]):{FORMS[metric]}}" for metric in metrics]
             table.add_row(name, str(len(reports)) if name else "", phase, *means)
-        change = [difference(values["after"][m], values["before"][m], METRICS[m]) for m in metrics]
+        change = [difference(values["after"][m], values["before"][m], FORMS[m]) for m in metrics]
         table.add_row("", "", "after - before", *change, end_section=True)
     return table
 
 
-def each_pair(settings, metrics):
-    """The difference after training of every two settings, over the seeds that both have."""
-    table = Table(title="after training, paired over the seeds that both settings have")
+def each_training(settings, metrics):
+    """What every setting was like while it trained."""
+    table = Table(title="while training")
+    for column in ("setting", "seeds", *metrics, *(["never"] if "steps_to_level" in metrics else [])):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for label, reports in settings.items():
+        runs = [report["training"] for report in reports.values()]
+        means = [f"{mean_interval([run[metric] for run in runs]):{FORMS[metric]}}" for metric in metrics]
+        never = [str(sum(run["never"] for run in runs))] if "steps_to_level" in metrics else []
+        table.add_row(label, str(len(reports)), *means, *never)
+    return table
+
+
+def each_pair(settings, metrics, phase):
+    """The difference in a phase between every two settings, over the seeds that both have."""
+    table = Table(title=f"{PHASES[phase]}, paired over the seeds that both settings have")
     for column in ("difference", "seeds", *metrics):
         table.add_column(column.replace("_", " "), justify="left" if column == "difference" else "right")
     for one, other in itertools.combinations(settings, 2):
         seeds = sorted(settings[one].keys() & settings[other].keys())
         if not seeds:
             continue
-        values = [[[settings[label][s]["after"][m] for s in seeds] for label in (one, other)] for m in metrics]
-        cells = [difference(*pair, METRICS[metric]) for pair, metric in zip(values, metrics, strict=True)]
+        values = [[[settings[label][s][phase][m] for s in seeds] for label in (one, other)] for m in metrics]
+        cells = [difference(*pair, FORMS[metric]) for pair, metric in zip(values, metrics, strict=True)]
         table.add_row(f"{one} - {other}", str(len(seeds)), *cells)
     return table
 
@@ -154,20 +199,33 @@ def over_seeds(summaries):
     }
 
 
+def known(metrics, phases, reports):
+    """Those metrics that every report has in these phases."""
+    found = [report[phase] for report in reports for phase in phases]
+    return [metric for metric in metrics if all(numbers.get(metric) is not None for numbers in found)]
+
+
 def main() -> None:
-    """Print both tables, and draw the curves."""
+    """Print the tables, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
+    parser.add_argument("--level", type=float, help="count the steps until rollouts have this accuracy")
     options = parser.parse_args()
-    settings = read(options.runs)
+    settings = read(options.runs, options.level)
     reports = [report for runs in settings.values() for report in runs.values()]
-    phases = [report[phase] for report in reports for phase in ("before", "after")]
-    metrics = [metric for metric in METRICS if all(phase.get(metric) is not None for phase in phases)]
+    metrics = known(METRICS, ("before", "after"), reports)
+    trained = known(TRAINING, ("training",), reports)
+    if options.level is not None and "steps_to_level" not in trained:
+        sys.exit("--level: some of the runs logged no accuracy, or that of fewer than five windows")
     console = Console(width=max(160, 40 + 17 * len(metrics)))
     console.print(each_setting(settings, metrics))
+    if trained:
+        console.print(each_training(settings, trained))
     if len(settings) > 1:
-        console.print(each_pair(settings, metrics))
+        console.print(each_pair(settings, metrics, "after"))
+        if trained:
+            console.print(each_pair(settings, trained, "training"))
     if pairs := [pair for pair in AGAINST if set(pair) <= set(metrics)]:
         console.print(each_against(settings, pairs))
     if options.picture and "anytime_accuracy" not in metrics:

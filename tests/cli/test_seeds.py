@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-def run_folder(root, name, *, seed, exp, after, samples=4):
-    """A finished run with an accuracy of `after` at both of two budgets."""
+def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=()):
+    """A finished run with an accuracy of `after` at both of two budgets, whose rollouts were as accurate as said."""
     folder = root / name
     folder.mkdir()
     (folder / "config.yaml").write_text(
@@ -22,11 +22,14 @@ def run_folder(root, name, *, seed, exp, after, samples=4):
     phases = {
         phase: {
             "accuracy": value, "anytime_accuracy": value, "final_accuracy": value, "thinking_tokens": 10 * value,
+            "k": [2, 4], "pass_at_k": [value, value + 0.05],
             "budgets": [4, 8], "budget_accuracy": [value / 2, value], "budget_accuracy_half_width": [0.1, 0.1],
         }
         for phase, value in (("before", 0.5), ("after", after))
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps({"name": name, **phases}))
+    logged = [{"step": 2 * i + 2, "rewards/accuracy/mean": a, "entropy": 1 - a} for i, a in enumerate(rollouts)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*logged, {"train_loss": 0.0}]))
     return folder
 
 
@@ -81,3 +84,25 @@ def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
     other = run_folder(tmp_path, "other", seed=5, exp="a", after=0.8, samples=1)
     found = seeds(*folders, other)
     assert found.returncode == 1 and "eval.samples=1 where runs before it have 4" in found.stderr
+
+
+def test_training_is_compared_too(tmp_path):
+    """The means of five steps are .5, .6, .7 at the steps 10, 12 and 14 of one run, and .5 throughout of the other."""
+    rises, stays = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [0.5] * 7
+    runs = {("a", 0): rises, ("a", 1): rises, ("b", 0): stays, ("b", 1): stays}
+    folders = [
+        run_folder(tmp_path, f"{exp}-tiny-s{seed}", seed=seed, exp=exp, after=0.7, rollouts=accuracy)
+        for (exp, seed), accuracy in runs.items()
+    ]
+    found = seeds(*folders, "--level", "0.55")
+    assert found.returncode == 0, found.stderr
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in found.stdout.splitlines()]
+    # entropies of the last five steps: 1 - .7 and 1 - .5
+    assert ["a-tiny", "2", "0.600 ± 0.000", "0.300 ± 0.000", "12.0 ± 0.0", "0"] in cells
+    assert ["b-tiny", "2", "0.500 ± 0.000", "0.500 ± 0.000", "14.0 ± 0.0", "2"] in cells
+    assert ["a-tiny - b-tiny", "2", "+0.100 ± 0.000", "-0.200 ± 0.000", "-2.0 ± 0.0"] in cells
+    assert "0.750 ± 0.000" in found.stdout, "pass@4 after training"
+    assert "steps_to_level" not in seeds(*folders).stdout
+    bare = run_folder(tmp_path, "c-tiny-s0", seed=0, exp="c", after=0.7)
+    found = seeds(*folders, bare, "--level", "0.5")
+    assert found.returncode == 1 and "--level: some of the runs logged no accuracy" in found.stderr

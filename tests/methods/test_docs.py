@@ -1,11 +1,13 @@
 """The documents say what the code does: names, shapes, quoted blocks, tests and commands that they mention exist."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rltoken import config
 from rltoken.pipeline import SLOTS
@@ -20,7 +22,8 @@ EVALUATION = ROOT / "docs/evaluation.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
 SUPERVISED, ADA_GRPO = ROOT / "docs/supervised.md", ROOT / "docs/methods/ada_grpo.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, ADA_GRPO]
+MEASURED = ROOT / "docs/measured.md"
+DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, ADA_GRPO, MEASURED]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 
@@ -120,21 +123,31 @@ def test_the_quoted_signature_in_architecture_is_verbatim():
 
 
 def commands():
-    """Every command line of the documents that trains."""
+    """The overrides of every command of the documents that trains; of a sweep, of each job with its first seed."""
     for document in DOCUMENTS:
-        for line in document.read_text(encoding="utf-8").splitlines():
+        for line in document.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             if line.startswith(LAUNCH):
-                yield line.removeprefix(LAUNCH)
+                words = [word for word in shlex.split(line.removeprefix(LAUNCH)) if word != "--multirun"]
+                given = OverridesParser.create().parse_overrides(words)
+                yield from itertools.product(*(choices(override) for override in given))
 
 
-@pytest.mark.parametrize("command", list(commands()))
-def test_commands_compose_and_pass_the_checks(command, tmp_path):
+def choices(override):
+    """What a sweep makes of one override."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    values = [f"{override.input_line.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+    return values[:1] if override.key_or_group == "seed" else values
+
+
+@pytest.mark.parametrize("overrides", list(commands()), ids=" ".join)
+def test_commands_compose_and_pass_the_checks(overrides, tmp_path):
     config.register_schemas()
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=shlex.split(command))
+        cfg = compose("config", overrides=list(overrides))
     config.check_keys(cfg)
     pipeline, _, _ = checked(cfg, tmp_path)
-    assert pipeline.stages() or "method." not in command
+    assert pipeline.stages() or not any("method." in override for override in overrides)
 
 
 def test_no_document_names_a_place_of_one_machine():
