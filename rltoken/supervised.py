@@ -83,7 +83,8 @@ def start(cfg: DictConfig, run: Path, lora: LoraConfig | None, notice: Notice) -
 
 
 def _train(cfg: DictConfig, run: Path, args: SFTConfig, lora: LoraConfig | None, notice: Notice, final: Path) -> None:
-    from rltoken.train import drop_printing_callbacks, from_first_rank, leave_terminal_to_us, saved
+    from rltoken.cli import leave_terminal_to_us
+    from rltoken.train import drop_printing_callbacks, from_first_rank, saved
     from rltoken.trl_saving import SupervisedTrainer
 
     leave_terminal_to_us()

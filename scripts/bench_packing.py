@@ -25,9 +25,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from rltoken.rollout import tree
+from rltoken.trl_compat import add_fused_lm_head
 
 PROMPT, CUTS, ANSWERS, VOCABULARY = 64, 4, 4, 8192
 ARMS = ("grpo", "rows", "trimmed", "tree")

@@ -43,6 +43,7 @@ BESIDE = {
     "credit/self_reward": ("+mark=class_balance", "+aux=self_reward", "method.credits.self_reward.after=0"),
 }
 LABEL_FREE = ("shape/ttrl", "shape/ttrl_extra")
+OF_PROGRESS = "shape/mrt_progress"
 """Shapes that reward what the group agrees on, right or wrong."""
 CASES = ("random", "all correct", "all wrong", "one success", "equal lengths")
 PADDED = ("mask", "advantages", "old_entropy", "old_logps", "teacher_logps")
@@ -69,7 +70,7 @@ def run(name, signals):
 
 def gated(name):
     """A shape whose configuration gates it, or that has no such setting since the form itself keeps the order."""
-    if name in LABEL_FREE:
+    if name in (*LABEL_FREE, OF_PROGRESS):
         return False
     return name.startswith("shape") and section(name).shapes[name.partition("/")[2]].get("gated", True)
 
@@ -173,4 +174,4 @@ def test_no_wrong_answer_is_lifted_above_a_correct_one_of_its_group(name, seed, 
 def test_the_only_shapes_that_lift_wrong_answers_are_published_for_it():
     """LASER-DE explores hard problems, MRT rewards progress without success, and a vote knows no gold."""
     found = [name for name in STAGES if name.startswith("shape") and not gated(name)]
-    assert found == ["shape/laser_de", "shape/mrt_progress", *LABEL_FREE]
+    assert found == ["shape/laser_de", OF_PROGRESS, *LABEL_FREE]

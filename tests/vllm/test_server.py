@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 
 from rltoken import trl_vllm_client
 from rltoken.errors import SamplerLost, UserError
+from rltoken.evals.during import generating
 from rltoken.evals.generators import ServerGenerator, TransformersGenerator
 from rltoken.evaluate import server_of
 from rltoken.methods.hapo_entropy import AdaptiveTemperature
-from rltoken.train import generating
 from tests.cli.conftest import TINY
 from tests.vllm.conftest import logged
 from tests.vllm.servers import ROOT, Served, free_port
