@@ -260,6 +260,10 @@ def _check_values(settings: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.max_hours: {settings['max_hours']} is not possible; set it above 0, or to null.")
     if settings["eval_strategy"] == "steps" and settings["eval_steps"] is None:
         raise UserError("trainer.eval_steps: it has no value; set after how many steps to evaluate, as 20.")
+    if settings["eval_steps"] is not None and not settings["eval_steps"] > 0:
+        raise UserError(
+            f"trainer.eval_steps: {settings['eval_steps']} is not possible; set it above 0, or leave it out."
+        )
     if settings["enable_jit_checkpoint"]:
         raise UserError("trainer.enable_jit_checkpoint: SIGTERM saves without it, and exactly; leave it out.")
     for key, choices in CHOICES.items():
@@ -440,7 +444,7 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}: {value!r} is no number; set auto, null or a number.")
     for key, smallest in (least | may_be_auto).items():
         value = OmegaConf.select(cfg, key)
-        if value not in (None, "auto") and value < smallest:
+        if value not in (None, "auto") and not value >= smallest:  # nor no number
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
     choices_of = {
         "rollout.packing": ("auto", "rows", "tree"),

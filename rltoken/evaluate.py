@@ -152,7 +152,10 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for subject, one in zip(found, prepared, strict=True):
         shards.check(shards_of(subject, folder), one.facts)
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {folder} cannot be made ({error.strerror}); choose another with out=...") from error
     tables = {
         subject.name: evaluated(subject, one, folder, state) for subject, one in zip(found, prepared, strict=True)
     }

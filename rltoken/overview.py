@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rltoken import identity, report
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 from rltoken.evals.intervals import compare
 from rltoken.evals.shards import written
 from rltoken.evaluate import RESULTS, WHEN
@@ -62,9 +62,11 @@ def show(folders: Sequence[Path], out: Path | None = None, console: Console | No
         UserError: a folder has no results, or two hold the same model and benchmark, or were not measured alike.
     """
     found = collected(folders)
+    rows = [_read(folder / "summary.csv", pd.read_csv) for folder in folders]
+    if out is not None and out.is_file():
+        raise UserError(f"--out: {out} is a file; name a folder.")
     out = out or Path(os.path.relpath(os.path.commonpath([folder.absolute().parent for folder in folders])))
     out.mkdir(parents=True, exist_ok=True)
-    rows = [pd.read_csv(folder / "summary.csv") for folder in folders]
     written(out / "summary.csv", pd.concat(rows, ignore_index=True).to_csv(index=False).encode())
     report.panels(found, out / "curves.png")
     (console or Console()).print(table(found))
@@ -82,10 +84,7 @@ def collected(folders: Sequence[Path]) -> Found:
     for folder in folders:
         if not (folder / RESULTS).is_file():
             raise UserError(f"{folder}: there is no {RESULTS}; name folders that rltoken.evaluate has finished.")
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        for model, metrics in results["models"].items():
-            settings = _alike(results["settings"][model]) | {"problems": results["identity"][model]["eval_data"]}
-            name = results["settings"][model]["eval"]["benchmark"] or "sampled"
+        for model, name, settings, metrics in _read(folder / RESULTS, _evaluations):
             first, expected = measured.setdefault(name, (folder, settings))
             for key in sorted(expected.keys() | settings.keys()):
                 if expected.get(key) != settings.get(key):
@@ -96,6 +95,37 @@ def collected(folders: Sequence[Path]) -> Found:
             if model in found.setdefault(name, {}):
                 raise UserError(f"{folder}: {model} on {name} is in another folder too; name one of them.")
             found[name][model] = metrics
+    return found
+
+
+def _read(path: Path, parse: Callable[[Path], Any]) -> Any:
+    """What `parse` makes of a file of results.
+
+    Raises:
+        UserError: it is not there, or is not as rltoken.evaluate writes it.
+    """
+    try:
+        return parse(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: it is not as rltoken.evaluate writes it ({type(error).__name__}: {first_line(error)}); evaluate "
+            "again into another folder."
+        ) from error
+
+
+def _evaluations(path: Path) -> list[tuple[str, str, dict[str, Any], Mapping[str, Any]]]:
+    """Model, benchmark, what others of the benchmark must share, and metrics, of each model in a file of results."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    for model, metrics in results["models"].items():
+        settings = results["settings"][model]
+        shared = _alike(settings) | {
+            "problems": results["identity"][model]["eval_data"],
+            "budgets in tokens": metrics.get("budgets"),  # fractions may be of different lengths
+        }
+        found.append((model, settings["eval"]["benchmark"] or "sampled", shared, metrics))
+    if not found:
+        raise ValueError("no model is in it")
     return found
 
 

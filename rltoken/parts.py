@@ -170,8 +170,9 @@ def check_count(cfg: DictConfig, found: int) -> None:
     counts = list(counts) if OmegaConf.is_list(counts) else [counts]
     if counts == [None] or found in counts or cfg.data.get("eval_limit") is not None:
         return
+    name = cfg.eval.benchmark or "the evaluation"
     raise UserError(
-        f"eval.count: {cfg.eval.benchmark} has {' or '.join(map(str, counts))} problems, and {found} were found; "
+        f"eval.count: {name} has {' or '.join(map(str, counts))} problems, and {found} were found; "
         "correct data.eval_path or data.eval_hub, or set eval.count=null to evaluate these."
     )
 

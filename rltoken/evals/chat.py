@@ -88,15 +88,22 @@ class ChatGenerator:
 
     def _reply(self, answer: Mapping[str, Any]) -> Reply:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        message = choice.get("message")
-        if message is None:
+        message = choice.get("message") if isinstance(choice, Mapping) else None
+        if not isinstance(message, Mapping):
             raise UserError(f"server: {self._url} answers with no message: {str(choice)[:200]}")
         thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         content = message.get("content") or ""
+        if not (isinstance(thinking, str) and isinstance(content, str)):
+            raise UserError(f"server: {self._url} answers with a message that is no text: {str(message)[:200]}")
         ended = self._think_end if thinking and content else None
         text = f"{thinking}{ended or ''}{content}"
-        sampled, prompt = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
+        sampled, prompt = usage.get("completion_tokens") or 0, usage.get("prompt_tokens") or 0
         if self._tokenizer is None:
+            if usage.get("completion_tokens") is None:
+                raise UserError(
+                    f"tokenizer: the server at {self._url} counts no tokens; set tokenizer=FOLDER_OR_HUB_ID to count "
+                    "them here."
+                )
             length = sampled
             thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or length
         else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from datasets import Dataset
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -31,7 +32,9 @@ from rltoken.evals import shards
 from rltoken.evals.formats import guided
 from rltoken.evals.generate import Settings, evaluate, settings_of
 from rltoken.evals.generators import Generator, ServerGenerator, TransformersGenerator, VllmGenerator, ends_of
-from rltoken.evals.metrics import numbers, summary
+from rltoken.evals.metrics import ANSWER_CLASS, AT_BUDGET, OUTCOME, UNGRADED, numbers, summary
+from rltoken.evals.samples import NO_ANSWER
+from rltoken.rollout.forced import in_tokens
 
 if TYPE_CHECKING:
     from rltoken.trainer import TokenGRPOTrainer
@@ -42,7 +45,7 @@ BROUGHT = ("data", "reward", "eval")
 """Sections that a benchmark brings."""
 SET = ("limit", "samples", "max_new_tokens", "budgets")
 """Keys of `eval.during` that go before those of the benchmark."""
-FIX = re.compile(r"[.;] (?:[Cc]orrect|[Ss]et) ")
+FIX = re.compile(r"[.;] (?:[Aa]dd|[Cc]orrect|[Ss]et) ")
 """What begins the part of a message that names keys of a command of its own."""
 FILES = (".jsonl", ".json", ".parquet")
 FOLDER = "evaluations"
@@ -172,7 +175,38 @@ def configured(cfg: DictConfig) -> dict[str, DictConfig]:
             f"eval.during.benchmarks: {names} names {'one twice' if names else 'none'}; name each once, {OWN} for the "
             "run's own problems."
         )
-    return {name: _configured(cfg, name) for name in names}
+    found = {name: _configured(cfg, name) for name in names}
+    _refuse_other_best(cfg.trainer, found)
+    return found
+
+
+def _refuse_other_best(trainer: DictConfig, found: Mapping[str, DictConfig]) -> None:
+    """Refuse to choose the best checkpoint by what no evaluation gives: it would end training at the first of them."""
+    metric = trainer.metric_for_best_model
+    if metric is None and not trainer.load_best_model_at_end:
+        return
+    name, _, key = str(metric).removeprefix("eval_").partition("/")
+    if name in found and (key in always_measured(found[name]) or found[name].eval.self_reward.reference is not None):
+        return
+    known = [f"{name}/{key}" for name, cfg in found.items() for key in always_measured(cfg)]
+    told = "it has no value" if metric is None else f"not every evaluation measures {metric}{nearest(metric, known)}"
+    raise UserError(f"trainer.metric_for_best_model: {told}; set BENCHMARK/METRIC, as {next(iter(found))}/accuracy.")
+
+
+def always_measured(cfg: DictConfig) -> list[str]:
+    """The metrics that an evaluation logs whatever comes out: those of one in which nothing is right.
+
+    Args:
+        cfg: of a benchmark, from `configured`.
+    """
+    table = pd.DataFrame({"id": range(1 if cfg.eval.limit == 1 else 2), "correct": 0.0, "outcome": UNGRADED})
+    table = table.assign(thinking_tokens=1, completion_tokens=2, truncated=True)
+    for budget in in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens) if cfg.eval.budgets else ():
+        table = table.assign(**{f"{AT_BUDGET}{budget}": 0.0, f"{OUTCOME}@{budget}": UNGRADED})
+    if any(cfg.reward.get(key) is not None for key in ("answer", "classes")):
+        table[ANSWER_CLASS] = NO_ANSWER
+    metrics = summary(pd.concat([table] * cfg.eval.samples))
+    return [key for key, value in numbers(metrics).items() if value is not None]
 
 
 def _configured(cfg: DictConfig, name: str) -> DictConfig:
@@ -184,6 +218,7 @@ def _configured(cfg: DictConfig, name: str) -> DictConfig:
         if cfg.eval.during.files is not None:
             found.data.eval_path = str(_file(Path(cfg.eval.during.files), name))
     found.eval = OmegaConf.merge(found.eval, {key: cfg.eval.during[key] for key in SET})
+    found.eval.max_answer_tokens = cfg.eval.max_answer_tokens
     OmegaConf.resolve(found)
     return found
 
@@ -261,3 +296,12 @@ def _refuse_too_long(name: str, problems: Dataset, cfg: DictConfig, tokenizer: P
             f"eval.during.max_new_tokens: beside the longest prompt of {name} vLLM has room for {room} tokens, and not "
             f"for {cfg.eval.max_new_tokens}; lower it, or raise trainer.vllm_max_model_length."
         )
+    if cfg.eval.budgets:
+        budget = in_tokens(cfg.eval.budgets, cfg.rollout.max_thinking_tokens)[-1]
+        forced = budget + len(parts.template(cfg.model, tokenizer).cut) + cfg.eval.max_answer_tokens
+        if forced > room:
+            raise UserError(
+                f"eval.during.budgets: beside the longest prompt of {name} vLLM has room for {room} tokens, and not "
+                f"for {forced}, thinking cut at {budget} and its forced answer; lower them or eval.max_answer_tokens, "
+                "or raise trainer.vllm_max_model_length."
+            )

@@ -106,7 +106,13 @@ def test_there_are_no_others():
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 def test_a_scale_does_not_change_how_a_benchmark_is_sampled(scale):
-    one, other = (OmegaConf.to_container(composed("eval=math500", *more).eval) for more in ((), (f"scale={scale}",)))
+    budgets = "eval.budgets=[1000,2000]"
+    one, other = (
+        OmegaConf.to_container(composed("eval=math500", budgets, *more).eval, resolve=True)
+        for more in ((), (f"scale={scale}",))
+    )
+    assert one["max_answer_tokens"] == 128, "four tokens, as of the tiny world, would cut every forced answer"
+    assert one["self_reward"].pop("temperature") and other["self_reward"].pop("temperature"), "that of training"
     assert one == other
 
 

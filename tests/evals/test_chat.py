@@ -98,6 +98,9 @@ def test_refusals(cli, asked, told):  # noqa: F811
         ("<html>welcome</html>", "answers with no completion: <html>"),
         ("[]", "answers with no completion"),
         ('{"choices": [{"text": "4"}]}', "answers with no message"),
+        ('{"choices": [null]}', "answers with no message: None"),
+        ('{"choices": [{"message": "4"}]}', "answers with no message"),
+        ('{"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}}]}', "a message that is no text"),
     ],
 )
 def test_an_answer_that_is_none_is_told(cli, body, told):  # noqa: F811
@@ -105,6 +108,15 @@ def test_an_answer_that_is_none_is_told(cli, body, told):  # noqa: F811
         found = cli.evaluate(*SHORT, f"server={url}/v1")
     assert found.status == 2 and found.err.startswith(f"error: server: {url}/v1"), found.err
     assert told in found.err and found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("usage", ["null", '{"completion_tokens": null, "prompt_tokens": null}'])
+def test_a_server_that_counts_no_tokens_needs_a_tokenizer(cli, usage):  # noqa: F811
+    body = f'{{"choices": [{{"message": {{"content": "4"}}}}], "usage": {usage}}}'
+    with server(lambda handler, payload, number: send(handler, 200, body)) as url:
+        found = cli.evaluate(*SHORT, f"server={url}/v1")
+    assert found.status == 2 and found.err.count("\n") == 1, found.err
+    assert found.err.startswith(f"error: tokenizer: the server at {url}/v1 counts no tokens"), found.err
 
 
 def test_what_the_server_refuses_is_told_under_its_key(cli):  # noqa: F811

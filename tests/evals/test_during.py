@@ -20,10 +20,12 @@ from rltoken.evals import during
 from rltoken.evals.metrics import summary
 from rltoken.evaluate import WHEN
 from rltoken.train import refuse_split_weights
+from rltoken.types import Template
 from tests.cli.conftest import cache, cli  # noqa: F401  (fixtures)
 from tests.resume.phases import PHASES, at_call, logged
 
 EVERY_STEP = ("trainer.eval_strategy=steps", "trainer.eval_steps=1")
+BEST = ("trainer.load_best_model_at_end=true",)
 ONLY_BETWEEN = ("eval.before=false", "eval.after=false")
 MIDDLE_OF_A_WINDOW = (
     "trainer.steps_per_generation=2", "trainer.gradient_accumulation_steps=1", "trainer.max_steps=4",
@@ -143,6 +145,11 @@ def test_a_killed_run_has_the_same_record(cli, monkeypatch, phase, count):  # no
         ((*EVERY_STEP, "eval.during.samples=0"), "eval.during.samples: 0 is not possible"),
         ((*EVERY_STEP, "eval.during.sample=2"), "did you mean 'eval.during.samples'"),
         ((*EVERY_STEP, "+eval.during.sample=2"), "eval.during.sample: there is no such key"),
+        ((*EVERY_STEP, "trainer.eval_steps=-1"), "trainer.eval_steps: -1.0 is not possible; set it above 0"),
+        ((*EVERY_STEP, *BEST, "trainer.metric_for_best_model=aime25/accuracy"), "not every evaluation measures aime"),
+        ((*EVERY_STEP, *BEST, "trainer.metric_for_best_model=own/acuracy"), "(did you mean 'own/accuracy'?)"),
+        ((*EVERY_STEP, *BEST, "trainer.metric_for_best_model=own/thinking_tokens_correct"), "not every evaluation"),
+        ((*EVERY_STEP, *BEST), "trainer.metric_for_best_model: it has no value; set BENCHMARK/METRIC, as own/"),
         ((*EVERY_STEP, "trainer.num_generations_eval=2"), "it follows from eval.during.samples"),
     ],
 )
@@ -151,6 +158,21 @@ def test_what_cannot_work_is_told_in_one_line(cli, files, settings, message):  #
     assert found.status == 2 and message in found.err, found.err
     assert found.err.splitlines()[-1].startswith("error: ") and found.err.count("error: ") == 1, found.err
     assert not found.runs.exists() or not any(found.runs.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "measured", "not_always"),
+    [
+        ({"samples": 1, "budgets": [0.5, 1.0]}, {"accuracy", "correct@8", "anytime_accuracy"}, {"pass@2", "maj@2"}),
+        ({"samples": 4, "budgets": None}, {"pass@2", "maj@4"}, {"correct@8", "thinking_tokens_correct"}),
+        ({"samples": 1, "budgets": None, "limit": 1}, {"accuracy"}, {"accuracy_half_width"}),
+    ],
+)
+def test_what_every_evaluation_measures(changed, measured, not_always):
+    section = {"limit": None} | changed
+    cfg = OmegaConf.create({"eval": section, "rollout": {"max_thinking_tokens": 16}, "reward": {"classes": "some"}})
+    found = set(during.always_measured(cfg))
+    assert measured <= found and not not_always & found
 
 
 def test_a_set_of_another_size_is_refused(cli, files):  # noqa: F811
@@ -186,9 +208,22 @@ def test_split_weights_need_vllm(splits, vllm, refused):
 
 def test_a_completion_that_the_engine_has_no_room_for_is_refused_before_training():
     tokenizer = SimpleNamespace(apply_chat_template=lambda prompts, **_: {"input_ids": [[1] * 7, [1] * 20]})
-    cfg = OmegaConf.create({"trainer": {"vllm_max_model_length": 64}, "eval": {"max_new_tokens": 44}})
+    cfg = OmegaConf.create({"trainer": {"vllm_max_model_length": 64}, "eval": {"max_new_tokens": 44, "budgets": None}})
     problems = Dataset.from_dict({"prompt": ["a", "b"]})
     during._refuse_too_long("aime24", problems, cfg, tokenizer)
     cfg.eval.max_new_tokens = 45
     with pytest.raises(UserError, match=r"^eval\.during\.max_new_tokens: .*aime24 vLLM has room for 44 tokens"):
         during._refuse_too_long("aime24", problems, cfg, tokenizer)
+
+
+@pytest.mark.parametrize(("budget", "refused"), [(28, False), (29, True)])
+def test_a_forced_answer_that_the_engine_has_no_room_for_is_refused_before_training(monkeypatch, budget, refused):
+    tokenizer = SimpleNamespace(apply_chat_template=lambda prompts, **_: {"input_ids": [[1] * 20]})
+    monkeypatch.setattr(during.parts, "template", lambda model, tokenizer: Template(7, cut=(5, 7, 6, 6)))
+    section = {"max_new_tokens": 44, "budgets": [8, budget], "max_answer_tokens": 12}
+    cfg = OmegaConf.create(
+        {"trainer": {"vllm_max_model_length": 64}, "eval": section, "model": {}, "rollout": {"max_thinking_tokens": 44}}
+    )
+    told = rf"^eval\.during\.budgets: .*aime24 vLLM has room for 44 tokens, and not for 45, thinking cut at {budget}"
+    with pytest.raises(UserError, match=told) if refused else contextlib.nullcontext():
+        during._refuse_too_long("aime24", Dataset.from_dict({"prompt": ["a"]}), cfg, tokenizer)

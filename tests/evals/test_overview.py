@@ -72,8 +72,46 @@ def test_what_was_not_measured_alike_is_refused(tmp_path):
         overview.collected([first, evaluated(tmp_path / "4", "aime24", {"b": (0.5, 10)}, problems="some")])
     with pytest.raises(UserError, match="3: a on aime24 is in another folder too"):
         overview.collected([first, evaluated(tmp_path / "3", "aime24", {"a": (0.5, 10)})])
+    with pytest.raises(UserError, match=r"6: budgets in tokens is \[8\] there, and \[4\] in .*/5; evaluate"):
+        overview.collected([with_budget(tmp_path / number, tokens) for number, tokens in (("5", 4), ("6", 8))])
     with pytest.raises(UserError, match=r"nowhere: there is no metrics\.json; name folders"):
         overview.collected([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("metrics.json", '{"models', "JSONDecodeError"),
+        ("metrics.json", "[]", "TypeError"),
+        ("metrics.json", "{}", "KeyError"),
+        ("metrics.json", '{"models": {}}', "no model is in it"),
+        ("summary.csv", "", "EmptyDataError"),
+        ("summary.csv", None, "FileNotFoundError"),
+    ],
+)
+def test_files_that_are_not_as_they_were_written_are_refused(tmp_path, name, text, told):
+    folder = evaluated(tmp_path / "1/x", "aime24", {"a": (0.5, 10)})
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match=rf"x/{name}: it is not as rltoken\.evaluate writes it \(.*{told}") as refused:
+        overview.show([folder])
+    assert "\n" not in str(refused.value) and not (tmp_path / "1/curves.png").exists()
+
+
+def test_results_are_not_written_over_a_file(tmp_path):
+    folder = evaluated(tmp_path / "1", "aime24", {"a": (0.5, 10)})
+    with pytest.raises(UserError, match=r"^--out: .*metrics\.json is a file; name a folder"):
+        overview.show([folder], folder / "metrics.json")
+
+
+def with_budget(folder, tokens):
+    """Results of a model with answers forced at one budget, the same fraction of another length each."""
+    evaluated(folder, "amc23", {f"m{tokens}": (0.5, 10)}, budgets=[0.5])
+    results = json.loads((folder / "metrics.json").read_text())
+    results["models"][f"m{tokens}"]["budgets"] = [tokens]
+    (folder / "metrics.json").write_text(json.dumps(results))
+    return folder
 
 
 def test_a_single_problem_and_other_problems_have_no_star(tmp_path):
