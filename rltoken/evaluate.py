@@ -171,7 +171,7 @@ def repeat(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """
     from rltoken import report
 
-    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    results = shards.results(folder / RESULTS)
     then = results.get("identity", {})
     if then.keys() != facts.keys():
         raise UserError(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from rltoken import identity
-from rltoken.errors import UserError
+from rltoken.errors import UserError, first_line
 
 FACTS = "facts.json"
 
@@ -45,7 +45,7 @@ def check(folder: Path, facts: Mapping[str, Any]) -> None:
         UserError: it does.
     """
     if (folder / FACTS).exists() and any(folder.glob("*.parquet")):
-        refuse_other(folder, json.loads((folder / FACTS).read_text(encoding="utf-8")), facts)
+        refuse_other(folder, whole(folder / FACTS, _object), facts)
 
 
 def begin(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -55,10 +55,41 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> None:
         written(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
 
+def whole(path: Path, parse: Callable[[Path], Any]) -> Any:
+    """What `parse` makes of a file that was written whole: anything else was done to it from outside.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return parse(path)
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(
+            f"out: {path} is damaged ({first_line(error)}); remove it to do its part again, or choose another folder "
+            "with out=..."
+        ) from error
+
+
+def results(path: Path) -> Mapping[str, Any]:
+    """A finished evaluation's results.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return whole(path, _object)
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
 def read(folder: Path, number: int) -> pd.DataFrame | None:
     """The table of a batch, or None where it is not finished."""
     path = _path(folder, number)
-    return pd.read_parquet(path) if path.exists() else None
+    return whole(path, pd.read_parquet) if path.exists() else None
 
 
 def write(folder: Path, number: int, table: pd.DataFrame) -> None:

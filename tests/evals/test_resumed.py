@@ -143,3 +143,23 @@ def test_a_model_is_known_by_its_content(tmp_path):
     assert identity.digest_of_model(str(tmp_path / "one")) == identity.digest_of_model(str(tmp_path / "two"))
     (tmp_path / "two/config.json").write_text('{"a": 1}')
     assert identity.digest_of_model(str(tmp_path / "one")) != identity.digest_of_model(str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"], ids=["empty", "half", "a list", "no text"])
+def test_damaged_results_are_told(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"out: .*metrics\.json is damaged"):
+        shards.results(path)
+
+
+def test_a_damaged_batch_is_told(tmp_path):
+    shards.begin(tmp_path / "shards", {"model": "a"})
+    shards.write(tmp_path / "shards", 0, pd.DataFrame({"id": ["a"]}))
+    assert shards.read(tmp_path / "shards", 0)["id"].tolist() == ["a"]
+    (tmp_path / "shards/000000.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match=r"000000\.parquet is damaged .* remove it to do its part again"):
+        shards.read(tmp_path / "shards", 0)
+    (tmp_path / "shards/facts.json").write_text("{")
+    with pytest.raises(UserError, match=r"facts\.json is damaged"):
+        shards.check(tmp_path / "shards", {"model": "a"})
