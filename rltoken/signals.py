@@ -147,6 +147,7 @@ def sampled_makers(
     return {
         "inputs": lambda: list(inputs),
         "texts": lambda: [plain_text(text) for text in texts()],
+        "completion_ids": lambda: [list(row) for row in ids],
         "group": lambda: whole(list(group)),
         "prompt_id": lambda: [prompt_id(example) for example in inputs],
         "lengths": lambda: whole([len(row) for row in ids]),

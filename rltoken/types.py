@@ -21,6 +21,7 @@ PADDING = "padding"
 SAMPLED = {
     "inputs": "list of B dicts: the data set's columns of each row's prompt",
     "texts": "list of B str: each row's decoded completion",
+    "completion_ids": "list of B lists of int: each row's completion tokens, without padding",
     "rewards": "[B] float: weighted sum of the reward functions, as left by the shape stages before",
     "correct": "[B] bool: the reward function called accuracy, or else the first one, gave more than 0.5",
     "group": "[B] long: rows of one group share a number",

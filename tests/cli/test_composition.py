@@ -36,6 +36,7 @@ COMPOSITIONS = {
     "hapo_entropy + laser": (("exp=hapo_entropy",), ("exp=laser", TARGETS)),
     "hapo_entropy + last token": (("exp=hapo_entropy",), LAST_TOKEN),
     "thr_gspo + kimi_length": (("exp=thr_gspo",), ("exp=kimi_length",)),
+    "campo + kimi_length": (("exp=campo",), ("exp=kimi_length",)),
     "kl_cov + brpo": (KL_COV, ("exp=brpo",)),
     "forks + l1": (("exp=l1_max", *LENGTHS), FORKS),
     "gtpo_entropy + length_regularised": (("exp=gtpo_entropy",), ("exp=length_regularised",)),

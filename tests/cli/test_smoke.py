@@ -19,8 +19,22 @@ SMALL = [
     ),
     *("rollout.max_answer_tokens=4", "trainer.gradient_accumulation_steps=1", "trainer.steps_per_generation=1"),
 ]
+LASER = ("lowest=4", "highest=24", "interval=4")
 SHRUNK = {
     "paper/brpo": [*SMALL, "~data.template", "method.rows.brpo.budgets=[8,16]", "eval.budgets=[8,16]"],
+    "paper/arora_zanette": SMALL,
+    "paper/campo": [*SMALL, "~model.path", "~data.template", "method.controls.campo.stages=[[0,12],[1,24]]"],
+    "paper/dapo": [*SMALL, "reward=[tiny,overlong]", "reward.funcs.overlong.soft_punish_cache=8"],
+    "paper/dler": SMALL,
+    "paper/grpo_lead": SMALL,
+    "paper/gspo": [*SMALL[:-2], "trainer.gradient_accumulation_steps=1", "trainer.steps_per_generation=4"],
+    "paper/hbpo": [*SMALL, "method.prompts.hbpo.budgets=[4,8,12,16]"],
+    "paper/l1_exact": [*SMALL, "~model.path", "method.prompts.l1.least=4", "method.prompts.l1.most=16"],
+    "paper/l1_max": [*SMALL, "method.prompts.l1.least=4", "method.prompts.l1.most=16"],
+    "paper/laser_de": [*SMALL, *(f"method.shapes.laser_de.{setting}" for setting in LASER)],
+    "paper/rlvr": [*SMALL, "~reward.last_number"],
+    "paper/shorter_better": SMALL,
+    "paper/think_prune": [*SMALL, "~method.prompts.think_prune", "method.controls.think_prune.stages=[[0,24],[1,12]]"],
     "paper/kdrl": [*SMALL, "teacher=tiny", "~teacher.path"],
 }
 """Of a paper's size, with the embedded world's model and data; tests/methods/test_paper_configs.py has the settings."""

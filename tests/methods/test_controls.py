@@ -42,7 +42,7 @@ def test_distillation_is_kdrl_without_rewards():
 
 
 def test_dapo_is_hapo_without_its_stages():
-    hapo, dapo = composed("hapo_entropy"), composed("dapo")
+    hapo, dapo = composed("hapo_entropy"), composed("hapo_entropy/dapo")
     assert not any(dapo.pop("method").values()) and len(hapo.pop("method")["weights"]) == 1
     # HAPO's advantages are standardised by its own stage
     assert (dapo["trainer"].pop("scale_rewards"), hapo["trainer"].pop("scale_rewards")) == ("group", "none")

@@ -123,6 +123,7 @@ def window(seed, case, groups=3, size=4, tokens=100):
         "episode_progress": torch.rand(rows, generator=generator) - 0.5,
         "budgets": torch.tensor([[25, 50, 100]]).expand(rows, 3),
         "budget_scores": torch.rand(rows, 3, generator=generator),
+        "completion_ids": [torch.randint(3, (n,), generator=generator).tolist() for n in lengths.tolist()],
     }
 
 

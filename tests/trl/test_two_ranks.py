@@ -53,6 +53,7 @@ def distance(one, two):
         ("mrt", "dapo", 60),
         ("hapo", "dapo", 0),
         ("spine", "dapo", 0),
+        ("campo", "dapo", 0),
         ("kdrl", "dapo", 0),
         pytest.param("rows", "dapo", 0, marks=pytest.mark.slow),
     ],
@@ -64,6 +65,8 @@ def test_two_ranks_equal_one(tiny, tmp_path, method, loss_type, pack_tokens):
     start = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).state_dict()
     assert distance(start, one) > 1e-5
     assert (method == "hapo") == ("method.controls.hapo.pivot" in one), "the state of stages is compared too"
+    if method == "campo":
+        assert one["method.controls.campo.stage"] == 1 and one["method.controls.campo.lengths"].numel() == 1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from rltoken.cli import leave_process_group
 from rltoken.methods.brpo import brpo, budget_answers, thinking_only
 from rltoken.methods.budget_prompt import budget_prompt
+from rltoken.methods.campo import StagedLength, without_loops
 from rltoken.methods.dynamic_sampling import dynamic_sampling
 from rltoken.methods.entropy_advantage import entropy_advantage
 from rltoken.methods.entropy_bonus import entropy_bonus
@@ -51,6 +52,7 @@ def bonus_of_summaries(entropy):
 
 
 BUDGETS = {"budgets": [2, 4, 7], "longest": 8, "drawn": True}
+CLIPS = [[0.001, 0.002], [0.3, 0.3]]
 EPISODES = {"separator": None, "markers": ["1", "2", "3"]}
 METHODS = {
     "grpo": {},
@@ -122,6 +124,10 @@ METHODS = {
         "shapes": {"progress": mrt_progress},
         "credits": {"mrt": functools.partial(mrt, baseline="joint"), "episodes": episode_credit},
     },
+    "campo": {
+        "controls": {"campo": StagedLength(stages=[[0, 6], [90, 12]], longest=12, clips=CLIPS, windows=1, rise=9.0)},
+        "shapes": {"campo": without_loops},
+    },
     "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
 
@@ -166,14 +172,14 @@ def reward(completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def arguments(out, rows, **changes):
-    """Two optimizer steps of groups of 4, `rows` of them on each rank."""
+def arguments(out, rows, *, max_steps=2, **changes):
+    """Optimizer steps of groups of 4, `rows` of them on each rank."""
     return GRPOConfig(
         output_dir=out + ".run",
         per_device_train_batch_size=int(rows),
         num_generations=4,
         max_completion_length=12,
-        max_steps=2,
+        max_steps=max_steps,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,
@@ -190,11 +196,12 @@ class ReplayedWithEnds(SomeEnd, Replayed):
 
 
 def main(model, data, out, rows, method, loss_type, pack_tokens):
-    """Two optimizer steps of 4 prompts x 4 generations, on however many ranks there are."""
+    """One window of 4 prompts x 4 generations used twice, four where a stage moves on, on any number of ranks."""
+    settings = {"learning_rate": 1e-2, "optim": "sgd", "loss_type": loss_type, "num_iterations": 2}
     trainer = (ReplayedWithEnds if method == "self_reward" else Replayed)(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=reward,
-        args=arguments(out, rows, learning_rate=1e-2, optim="sgd", loss_type=loss_type, num_iterations=2),
+        args=arguments(out, rows, max_steps=8 if method == "campo" else 2, **settings),
         train_dataset=load_from_disk(data),
         processing_class=AutoTokenizer.from_pretrained(model),
         pipeline=build(METHODS[method]),
