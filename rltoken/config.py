@@ -377,6 +377,8 @@ def check_keys(cfg: DictConfig, top_level: Sequence[str] = TOP_LEVEL) -> None:
             f"rltoken.evaluate eval={benchmark} 'runs=[RUN]'."
         )
     for section, schema in SCHEMAS.items():
+        if section.partition(".")[0] not in top_level:
+            continue
         fields = [field.name for field in dataclasses.fields(schema())]
         found = OmegaConf.select(cfg, section)
         if not found.keys() >= set(fields):  # what a scale sets stays where the group is left out

@@ -35,6 +35,8 @@ SHRUNK = {
     "paper/rlvr": [*SMALL, "~reward.last_number"],
     "paper/shorter_better": SMALL,
     "paper/think_prune": [*SMALL, "~method.prompts.think_prune", "method.controls.think_prune.stages=[[0,24],[1,12]]"],
+    "paper/ada_grpo": [*SMALL, "~model.path", "sft=tiny", "sft.merge=true"],
+    "paper/fast_math_r1": [*SMALL, "~model.path", "~data.template", "sft=tiny"],
     "paper/kdrl": [*SMALL, "teacher=tiny", "~teacher.path"],
 }
 """Of a paper's size, with the embedded world's model and data; tests/methods/test_paper_configs.py has the settings."""
@@ -68,7 +70,10 @@ OTHER_FORMS = {
     "l1_max",
     "ttrl_extra",
 }  # forms of one reward are refused together; these have their exps
-NOT_HERE = {"hawkeye"} | OTHER_FORMS  # hawkeye needs a column that the embedded world does not have
+NOT_HERE = {
+    "hawkeye",
+    "mrt_progress",
+} | OTHER_FORMS  # need a column, rows that publish progress
 SHAPES = [path.stem for path in sorted(ROOT.glob("conf/shape/*.yaml")) if path.stem not in NOT_HERE]
 
 

@@ -38,6 +38,7 @@ CHANGED = {
     "shortcut": 0.1,
     "formats": 2,
     "longest": 120,
+    "tagged": True,
 }
 
 

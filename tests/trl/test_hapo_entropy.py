@@ -136,7 +136,7 @@ def test_entropies_of_added_rows_are_no_part_of_the_window(run):
 
     def state(**rows):
         stages = method() | {"weights": {"hapo": Recorded()}, "rows": rows}
-        return run(stages, max_steps=1, loss_type="dapo").trainer.pipeline.state_dict()
+        return run(stages, max_steps=1, loss_type="dapo", packing="rows").trainer.pipeline.state_dict()
 
     assert state() == state(first_token=first_tokens)
     assert [len(found) for found in levels] == [8, 8] and torch.equal(*levels)

@@ -157,13 +157,15 @@ def test_shaped_rewards_reach_the_advantages_the_metrics_and_the_table(run):
     assert doubled.trainer.reward_func_names == ["token_parity"]
 
 
-def test_rows_of_unequal_number_are_padded_to_the_split(run):
+def test_rows_of_unequal_number_are_padded_to_whole_families(run):
+    """One added row for one of eight thinking rows: each of them gets one, for micro-batches hold whole families."""
+
     def one_more(rollout, sampler):
         return dataclasses.replace(rollout, rows=[*rollout.rows, Row([5], [6, 7], [0, 1], kind="extra", parent=0)])
 
     settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
     result = run({"rows": {"one": one_more}}, **settings)
-    assert all(metrics["rows_per_prompt"] == 6.0 for metrics in result.metrics if "rows_per_prompt" in metrics)
+    assert all(metrics["rows_per_prompt"] == 8.0 for metrics in result.metrics if "rows_per_prompt" in metrics)
 
 
 FRAME = {

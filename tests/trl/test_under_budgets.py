@@ -274,6 +274,7 @@ class Seeded:
         self.seeds, self.calls = [], []
 
     prefilled = None
+    besides = None
 
     def complete(self, contexts, max_new_tokens, stops, seeds, begun=()):
         self.seeds += seeds
