@@ -19,6 +19,7 @@ from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig
 from trl.generation import vllm_generation
@@ -89,6 +90,7 @@ class VLLMTrainer(SavingTrainer):
         if not (args and args.use_vllm):
             yield
             return
+        alone = LAUNCHED - os.environ.keys()
         if args.vllm_mode == "server":
             from rltoken.trl_vllm_client import Client
 
@@ -99,8 +101,10 @@ class VLLMTrainer(SavingTrainer):
                 ),
             )
         else:
+            # TRL would take 29500 wherever it is free, and so would another run that starts at the same moment.
+            os.environ.setdefault("MASTER_PORT", str(get_free_port()))
             name, made = "LLM", functools.partial(self._engine, vllm_generation.LLM, on_cpu=args.device.type == "cpu")
-        stock, alone = getattr(vllm_generation, name), LAUNCHED - os.environ.keys()
+        stock = getattr(vllm_generation, name)
         setattr(vllm_generation, name, made)
         try:
             yield

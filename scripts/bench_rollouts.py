@@ -15,7 +15,6 @@ import contextlib
 import os
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from rltoken import adapters, train
 from rltoken.config import register_schemas
@@ -98,9 +98,7 @@ def main():
     options = parser.parse_args()
     overrides = ["+exp=grpo", *shlex.split(options.overrides)]
     register_schemas()
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = get_free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(initialize_config_module("rltoken.conf", version_base="1.3"))
         stack.enter_context(server(overrides, port, Path(folder) / "server.log"))

@@ -10,13 +10,14 @@ import math
 import os
 import pkgutil
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from rltoken import train
 from rltoken.evals import generate  # noqa: F401  (a run imports it late; here it is imported once)
@@ -60,7 +61,7 @@ def run(work: Callable[[], Any], folder: Path, ranks: int, seconds: float = math
         The exit statuses, negative where a signal ended the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     environments = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     pids = [forked(work, folder, {} if ranks == 1 else environment) for environment in environments]
     deadline = time.monotonic() + min(seconds, TIMEOUT)
@@ -76,13 +77,6 @@ def run(work: Callable[[], Any], folder: Path, ranks: int, seconds: float = math
                 statuses[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
     return [statuses[pid] for pid in pids]
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def training(arguments: list[str], fatal: tuple[str, int, int] | None = None) -> Callable[[], None]:

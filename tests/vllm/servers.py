@@ -3,21 +3,16 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Served:
@@ -34,7 +29,7 @@ class Served:
     """
 
     def __init__(self, log, *model, port=None, **environment):
-        self.log, self.port = log, port or free_port()
+        self.log, self.port = log, port or get_free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.overrides = ["rollout=vllm_server", f"trainer.vllm_server_port={self.port}"]
         command = [sys.executable, "-m", "rltoken.serve", *model, *self.overrides]

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+import os
 
 import pytest
 import torch
 
 from rltoken.methods import brpo
+from rltoken.rollout import vllm_cpu
 from tests.vllm.conftest import logged
 
 
@@ -122,3 +124,16 @@ def test_handing_an_adapter_over_leaves_its_base_alone_to_the_last_bit(make, ser
         trainer.train()
         after = dict(trainer.model.named_parameters())
         assert before and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_runs_that_start_at_once_do_not_take_the_same_port(make, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    ports, engine = [], vllm_cpu.engine
+    monkeypatch.setattr(
+        vllm_cpu,
+        "engine",
+        lambda *args, **fields: (ports.append(os.environ["MASTER_PORT"]), engine(*args, **fields))[1],
+    )
+    make()
+    assert ports[0] != "29500", "what TRL takes first, and so would every run"
+    assert "MASTER_PORT" not in os.environ, "a child would take itself for a rank"

@@ -14,6 +14,7 @@ import pytest
 import requests
 import torch
 from omegaconf import OmegaConf
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from rltoken import trl_vllm_client
 from rltoken.errors import SamplerLost, UserError
@@ -23,7 +24,7 @@ from rltoken.evaluate import server_of
 from rltoken.methods.hapo_entropy import AdaptiveTemperature
 from tests.cli.conftest import TINY
 from tests.vllm.conftest import logged
-from tests.vllm.servers import ROOT, Served, free_port
+from tests.vllm.servers import ROOT, Served
 from tests.vllm.test_evaluation import assert_alike
 
 PATIENCE = 8
@@ -67,7 +68,7 @@ def test_a_server_that_cannot_tell_is_used_with_a_warning(make, server, monkeypa
 
 
 def test_no_server(make, monkeypatch):
-    nobody = type("Nobody", (), {"url": f"http://127.0.0.1:{free_port()}"})
+    nobody = type("Nobody", (), {"url": f"http://127.0.0.1:{get_free_port()}"})
     with pytest.raises(UserError, match=r"trainer\.vllm_server_base_url: no vLLM server answers .*rltoken\.serve"):
         make(server=nobody)
 
@@ -138,7 +139,7 @@ def test_a_server_of_another_model_is_no_back_end_of_an_evaluation(server, tmp_p
     trainer = OmegaConf.create({"vllm_server_base_url": server.url})
     with pytest.raises(UserError, match=rf"at {server.url} serves .*tiny-random.*, and not {tmp_path}; start"):
         server_of(trainer, str(tmp_path))
-    nobody = OmegaConf.create({"vllm_server_base_url": f"http://127.0.0.1:{free_port()}"})
+    nobody = OmegaConf.create({"vllm_server_base_url": f"http://127.0.0.1:{get_free_port()}"})
     with pytest.raises(UserError, match=r"no vLLM server answers .*rltoken\.serve model=hf model\.path="):
         server_of(nobody, str(tmp_path))
 
