@@ -20,6 +20,7 @@ from rltoken.errors import UserError, first_line, nearest
 from rltoken.ranges import Range
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
     from trl import GRPOConfig, SFTConfig
 
 TOP_LEVEL = (
@@ -203,6 +204,7 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
         args = GRPOConfig(output_dir=output_dir, seed=seed, num_generations_eval=1, **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise _refused(error, settings, "trainer") from error
+    _check_optimizer(args, "trainer")
     _check_trackers(args.report_to)
     return args
 
@@ -229,6 +231,7 @@ def to_sft_config(trainer: DictConfig, *, output_dir: str, seed: int) -> SFTConf
         args = SFTConfig(output_dir=output_dir, seed=seed, **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise _refused(error, settings, "sft.trainer") from error
+    _check_optimizer(args, "sft.trainer")
     _check_trackers(args.report_to)
     return args
 
@@ -295,6 +298,21 @@ def _check_machine(settings: Mapping[str, Any], gpu: bool, section: str) -> None
         raise UserError(
             f"{section}.use_liger_kernel: it is not installed; run: pip install liger-kernel, or set it to false."
         )
+
+
+def _check_optimizer(args: TrainingArguments, section: str) -> None:
+    """Refuse an optimizer whose library is missing: transformers imports it only when training begins."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        if "install" not in str(error):
+            return  # what it says of the model, which does not exist yet, is no matter of this machine
+        raise UserError(
+            f"{section}.optim: {args.optim.value} needs a library that is not installed ({error}). Install it, or set "
+            f"{section}.optim=adamw_torch."
+        ) from error
 
 
 def check_vllm(settings: Mapping[str, Any], gpu: bool) -> None:

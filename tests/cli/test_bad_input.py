@@ -124,6 +124,9 @@ REFUSED = {
     "negative coefficient": (lambda d: ["trainer.beta=-1"], r"trainer\.beta: -1\.0 .*set it to 0 or more"),
     "greedy rollouts": (lambda d: ["trainer.temperature=0"], r"trainer\.temperature: .*above 0"),
     "unknown optimizer": (lambda d: ["trainer.optim=adamw_troch"], r"trainer\.optim: .*did you mean 'adamw_torch'"),
+    "optimizer of a library that is missing": (
+        lambda d: ["trainer.optim=lomo"], r"trainer\.optim: lomo .*lomo.optim.*set trainer\.optim=adamw_torch",
+    ),
     "unknown tracker": (lambda d: ["trainer.report_to=wnadb"], r"trainer\.report_to: .*did you mean 'wandb'"),
     "weights of rewards": (lambda d: ["reward.weights=[1,2]"], r"reward\.weights: 2 weights for 1 .*one for each"),
     "truncation masked beside added rows": (

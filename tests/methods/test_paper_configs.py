@@ -351,7 +351,8 @@ def test_papers_of_two_stages(exp, key, value):
 def test_papers_of_two_stages_pass_the_checks_with_their_batches(tmp_path):
     """128 rollouts an update; 64 traces; and windows of 1024 problems."""
     for exp, rollouts, window, rows in (("fast_math_r1", 128, 128, 64), ("ada_grpo", 1024, 8192, 128)):
-        cfg = copy.deepcopy(composed(f"+exp=paper/{exp}", "hardware=cpu", "trainer.optim=adamw_torch"))
+        optim = ("trainer.optim=adamw_torch", "sft.trainer.optim=adamw_torch")
+        cfg = copy.deepcopy(composed(f"+exp=paper/{exp}", "hardware=cpu", *optim))
         check_keys(cfg)
         _, args, lora = checked(cfg, tmp_path)
         supervised = arguments(cfg, tmp_path)
