@@ -645,13 +645,7 @@ class SeamTrainer(VLLMTrainer):
             ids, attention = input_ids[rows], attention_mask[rows]
             packed = tree.plant(ids, attention, logits_to_keep, self._family[rows], self.compute_dtype)
             with self.accelerator.autocast():
-                outputs = model(
-                    input_ids=packed.ids,
-                    attention_mask=packed.mask,
-                    position_ids=packed.positions,
-                    shift_labels=packed.labels,
-                    fused_lm_head=True,
-                )
+                outputs = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
             asked = [outputs.log_probs] + ([outputs.entropy] if compute_entropy else [])
             padding = attention[:, -logits_to_keep:] == 0
             parts.append(

@@ -1,28 +1,27 @@
 """What a forward and backward of BRPO's rows costs against plain GRPO's: added rows whole, trimmed, and packed.
 
     python scripts/bench_packing.py --thinking 128 512 1024 --answer 8 32 --turns 5
+    python scripts/bench_packing.py --clock cpu                seconds that this process had of the CPU, not of the wall
 
 A trace of T thinking tokens is cut at T/4, T/2, 3T/4 and T, and four answers of S tokens follow each cut. The arms take
 turns in one process: `grpo` (the thinking rows alone), `rows` (all rows at the length of the longest), `trimmed` (each
 row at its own length) and `tree` (`rltoken.rollout.tree`). A ratio is that of the medians. Peak memory is that of a
-process of its own for each arm, above what it had before the forward. `tokens` is the ratio of token counts, which a
-forward without any attention would have.
+forked process of its own for each arm, above what it had before the forward; it is measured first. `tokens` is the
+ratio of token counts, which a forward without any attention would have. Lines are printed as they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -31,6 +30,7 @@ from rltoken.trl_compat import add_fused_lm_head
 
 PROMPT, CUTS, ANSWERS, VOCABULARY = 64, 4, 4, 8192
 ARMS = ("grpo", "rows", "trimmed", "tree")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def build_model() -> PreTrainedModel:
@@ -100,90 +100,80 @@ def steps_of(model: PreTrainedModel, thinking: int, answer: int, families: int) 
     def packed() -> None:
         """One packed row a family."""
         grown = tree.plant(ids, mask, columns, family, torch.float32)
-        found = model(
-            input_ids=grown.ids,
-            attention_mask=grown.mask,
-            position_ids=grown.positions,
-            shift_labels=grown.labels,
-            fused_lm_head=True,
-        )
+        found = model(**grown.inputs, shift_labels=grown.labels, fused_lm_head=True)
         (grown.rows_of(found.log_probs) * mask[:, -columns:]).sum().backward()
 
     return dict(zip(ARMS, (grpo, rows, trimmed, packed), strict=True))
 
 
-def seconds(steps: dict[str, Callable[[], None]], model: PreTrainedModel, turns: int) -> dict[str, float]:
+def seconds(
+    steps: dict[str, Callable[[], None]], model: PreTrainedModel, turns: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Medians over `turns` turns in which every arm comes once, after one turn that does not count."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
         for name, step in steps.items():
             model.zero_grad()
-            begin = time.perf_counter()
+            begin = clock()
             step()
             if turn:
-                found[name].append(time.perf_counter() - begin)
+                found[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
 def peak_megabytes(arm: str, thinking: int, answer: int, families: int) -> float:
-    """What one forward and backward needs above the model, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", arm, "--families", str(families)]
-    sizes = ["--thinking", str(thinking), "--answer", str(answer)]
-    return float(subprocess.run([*command, *sizes], check=True, capture_output=True, text=True).stdout)
-
-
-def print_peak(arm: str, thinking: int, answer: int, families: int) -> None:
-    """Write what `peak_megabytes` reads: the rise of the process's largest resident size."""
-    model = build_model()
-    steps = steps_of(model, thinking, answer, families)
+    """What one forward and backward needs above the model: the rise of this process's largest resident size."""
+    step = steps_of(build_model(), thinking, answer, families)[arm]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    steps[arm]()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peaks(sizes: Iterable[tuple[int, int]], families: int, rows_up_to: int) -> dict[tuple[int, int, str], float]:
+    """(T, S, arm) -> megabytes. To be called before this process has trained, which would leave memory to its forks."""
+    asked = [(arm, *size, families) for size in sizes for arm in measured(size[0], rows_up_to)]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
+        results = [processes.apply_async(peak_megabytes, arguments) for arguments in asked]
+        found = [result.get() for result in track(results, "memory", console=Console(stderr=True))]
+    return {(thinking, answer, arm): peak for (arm, thinking, answer, _), peak in zip(asked, found, strict=True)}
+
+
+def measured(thinking: int, rows_up_to: int) -> tuple[str, ...]:
+    """The arms that are measured at this length."""
+    return ARMS if thinking <= rows_up_to else ("grpo", "tree")
 
 
 def main() -> None:
-    """Print one line per combination of lengths."""
+    """Print one line per combination of lengths, in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thinking", type=int, nargs="+", default=[128, 512, 1024], help="T, tokens")
     parser.add_argument("--answer", type=int, nargs="+", default=[8, 32], help="S, tokens of an answer")
     parser.add_argument("--families", type=int, default=1, help="thinking rows")
     parser.add_argument("--turns", type=int, default=5, help="turns that count")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are: of the wall, or of the CPU")
     parser.add_argument(
         "--rows-up-to", type=int, default=1024, help="longest T for which rows without packing are measured"
     )
-    parser.add_argument("--peak", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.peak:
-        print_peak(options.peak, options.thinking[0], options.answer[0], options.families)
-        return
-    model = build_model()
-    console, table = Console(), Table(title="forward and backward over plain GRPO's")
-    for column in (
-        "T",
-        "S",
-        "grpo, s",
-        "rows",
-        "trimmed",
-        "tree",
-        "tokens",
-        "peak MB: grpo",
-        "rows",
-        "trimmed",
-        "tree",
-    ):
-        table.add_column(column, justify="right")
     sizes = [(thinking, answer) for thinking in options.thinking for answer in options.answer]
-    for thinking, answer in track(sizes, "measuring", console=Console(stderr=True)):
-        steps = steps_of(model, thinking, answer, options.families)
-        if thinking > options.rows_up_to:
-            del steps["rows"], steps["trimmed"]
-        medians = seconds(steps, model, options.turns)
-        ratios = [f"{medians[arm] / medians['grpo']:.2f}" if arm in medians else "" for arm in ARMS[1:]]
+    megabytes = peaks(sizes, options.families, options.rows_up_to)
+    model = build_model()
+    memory = [f"MB {arm}" for arm in ARMS]
+    columns = ["T", "S", "grpo, s", *ARMS[1:], "tokens", "tree / tokens", *memory, "MB tree / grpo"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for thinking, answer in track(sizes, "time", console=Console(stderr=True)):
+        arms = measured(thinking, options.rows_up_to)
+        steps = {arm: step for arm, step in steps_of(model, thinking, answer, options.families).items() if arm in arms}
+        medians = seconds(steps, model, options.turns, CLOCKS[options.clock])
+        ratios = {arm: medians[arm] / medians["grpo"] for arm in arms}
+        peak = {arm: megabytes[thinking, answer, arm] for arm in arms}
         counted = 1 + CUTS * ANSWERS * (answer + 1) / (PROMPT + thinking)
-        peaks = {arm: peak_megabytes(arm, thinking, answer, options.families) for arm in medians}
-        shown = [f"{peaks[arm]:.0f}" if arm in peaks else "" for arm in ARMS]
-        table.add_row(str(thinking), str(answer), f"{medians['grpo']:.2f}", *ratios, f"{counted:.2f}", *shown)
-    console.print(table)
+        cells = [str(thinking), str(answer), f"{medians['grpo']:.2f}"]
+        cells += [f"{ratios[arm]:.2f}" if arm in arms else "" for arm in ARMS[1:]]
+        cells += [f"{counted:.2f}", f"{ratios['tree'] / counted:.2f}"]
+        cells += [f"{peak[arm]:.0f}" if arm in arms else "" for arm in ARMS]
+        cells += [f"{peak['tree'] / peak['grpo']:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

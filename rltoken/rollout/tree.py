@@ -6,10 +6,10 @@ more in front, which predicts the first token of its own. A branch attends to th
 at the positions of its row. So each token that rows share is encoded once, and log-probabilities, entropies, hidden
 states and gradients are those of the rows, to rounding.
 
-Attention is split in two, so that no [L, L] mask is made: the trunk is causal without a mask, padded at the right; the
-M branch tokens of a packed row of L attend by one additive mask [M, L]. That mask travels as the 4-D `attention_mask`
-that transformers hands through as it is; an attention function of this module knows it by its height below that of the
-queries, and is sdpa's for everything else.
+Attention is split, so that no [L, L] mask is made and little is computed to be masked: the trunk is causal without a
+mask, padded at the right; branch tokens attend block by block, each to the trunk as far as its branches need it and to
+its own branches, by an additive mask of its own. The blocks travel as an argument that transformers hands down to the
+attention function; one of this module takes them, and is sdpa's where there are none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,22 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "rltoken_tree"
 """The name under which transformers finds the attention function of this module."""
+LEAST_BLOCK, BLOCKS_PER_TRUNK = 128, 8
+"""A block has an eighth of the trunk's columns, and at least 128: smaller ones compute less, and copy more keys."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """How branch columns [start, end) attend: to trunk columns [0, reach) and to branch columns [first, end).
+
+    `mask` [R, 1, end - start, reach + end - first] is additive.
+    """
+
+    start: int
+    end: int
+    first: int
+    reach: int
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,15 +49,27 @@ class Tree:
     """R packed rows of L = N + M tokens: N of the longest trunk, M of the most branch tokens of a family.
 
     `ids` and `positions` are [R, L]; `labels` [R, L] is the token that each place predicts, -100 where none is asked
-    for; `mask` [R, 1, M, L] is additive; `places` [B, T] is where, in the flattened [R * L], the token is predicted
+    for; `blocks` cover the M branch columns; `places` [B, T] is where, in the flattened [R * L], the token is predicted
     that a row has in a completion column (0 on padding).
     """
 
     ids: Tensor
     positions: Tensor
     labels: Tensor
-    mask: Tensor
+    blocks: tuple[Block, ...]
     places: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model's forward takes."""
+        # transformers leaves a 4-D mask as it is, and makes none of its own; this one is not looked at.
+        unused = self.ids.new_empty(len(self.ids), 1, 0, 0)
+        return {
+            "input_ids": self.ids,
+            "attention_mask": unused,
+            "position_ids": self.positions,
+            "tree_blocks": self.blocks,
+        }
 
     def rows_of(self, values: Tensor) -> Tensor:
         """[B, T, ...] what a forward gave, [R, L, ...], at the completion tokens of each row."""
@@ -94,7 +122,7 @@ def plant(ids: Tensor, attention: Tensor, completion_columns: int, family: Tenso
         ids=packed,
         positions=torch.cat([columns[:trunk_columns].expand(len(trunks), -1), positions], 1),
         labels=labels.view_as(packed),
-        mask=_mask(owner, positions, reach, trunk_columns, dtype),
+        blocks=_blocks(owner, positions, reach, trunk_columns, dtype),
         places=places,
     )
 
@@ -113,24 +141,41 @@ def sizes(ids: Tensor, mask: Tensor, width: int) -> Tensor:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    tree_blocks: tuple[Block, ...] | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row by its mask [R, 1, M, L] with M < L; of anything else, transformers' sdpa.
+    """Attention of packed rows by their blocks; where there are none, of anything else, transformers' sdpa.
 
     `query` is [R, heads, L, D], `key` and `value` have their own number of heads; the result is [R, L, heads, D].
     """
-    if attention_mask is None or attention_mask.size(-2) >= query.size(2):
+    if tree_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    trunk = query.size(2) - attention_mask.size(2)
     settings.pop("is_causal", None)
+    trunk = query.size(2) - (tree_blocks[-1].end if tree_blocks else 0)
+
+    def seen(states: Tensor, block: Block) -> Tensor:
+        return torch.cat([states[:, :, : block.reach], states[:, :, trunk + block.first : trunk + block.end]], 2)
+
     of_trunk, _ = sdpa_attention_forward(
         module, query[:, :, :trunk], key[:, :, :trunk], value[:, :, :trunk], None, is_causal=True, **settings
     )
-    if trunk == query.size(2):
-        return of_trunk, None
-    mask = attention_mask.to(query.dtype)
-    of_branches, _ = sdpa_attention_forward(module, query[:, :, trunk:], key, value, mask, **settings)
-    return torch.cat([of_trunk, of_branches], 1), None
+    of_blocks = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, trunk + block.start : trunk + block.end],
+            seen(key, block),
+            seen(value, block),
+            block.mask.to(query.dtype),
+            **settings,
+        )[0]
+        for block in tree_blocks
+    ]
+    return torch.cat([of_trunk, *of_blocks], 1), None
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -174,19 +219,32 @@ def _starts(sizes: Tensor, number: Tensor, families: int) -> tuple[Tensor, int]:
     return starts - (totals.cumsum(0) - totals)[number], int(totals.max())
 
 
-def _mask(owner: Tensor, positions: Tensor, reach: Tensor, trunk_columns: int, dtype: torch.dtype) -> Tensor:
-    """[R, 1, M, N + M] additive mask: 0 where a branch token attends, the smallest number elsewhere.
+def _blocks(
+    owner: Tensor, positions: Tensor, reach: Tensor, trunk_columns: int, dtype: torch.dtype
+) -> tuple[Block, ...]:
+    """Blocks for [R, M] branch columns: the row, the position and the trunk columns seen of the token in each.
 
-    Padding attends to padding, so that no line is empty: a softmax over nothing is NaN, and its gradient too.
+    Padding (row -1) attends to padding, so that no line is empty: a softmax over nothing is NaN, and its gradient too.
     """
-    of_trunk = torch.arange(trunk_columns, device=reach.device) < reach.unsqueeze(2)
-    of_branch = (owner.unsqueeze(2) == owner.unsqueeze(1)) & (positions.unsqueeze(1) <= positions.unsqueeze(2))
-    seen = torch.cat([of_trunk, of_branch], 2)
-    return (
-        torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        .masked_fill_(~seen, torch.finfo(dtype).min)
-        .unsqueeze(1)
-    )
+    columns = torch.arange(owner.size(1), device=owner.device)
+    begins = torch.ones_like(owner, dtype=torch.bool)
+    begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    first = columns.where(begins, 0).cummax(1).values.amin(0).tolist()
+    furthest = reach.amax(0).tolist()
+    size = max(LEAST_BLOCK, trunk_columns // BLOCKS_PER_TRUNK)
+    blocks = []
+    for start in range(0, owner.size(1), size):
+        end, own = min(start + size, owner.size(1)), first[start]
+        lines, until = slice(start, end), max(furthest[start:end])
+        of_trunk = torch.arange(until, device=owner.device) < reach[:, lines].unsqueeze(2)
+        of_branch = (owner[:, lines].unsqueeze(2) == owner[:, own:end].unsqueeze(1)) & (
+            positions[:, own:end].unsqueeze(1) <= positions[:, lines].unsqueeze(2)
+        )
+        seen = torch.cat([of_trunk, of_branch], 2)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=owner.device)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        blocks.append(Block(start, end, own, until, mask.unsqueeze(1)))
+    return tuple(blocks)
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from rltoken import cli as entry
@@ -37,6 +38,9 @@ def cli(cache, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("RLTOKEN_CACHE", str(cache))
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
+    # Hydra composes everything once more to learn from a key of its own whether this is a sweep; half of the time of
+    # many tests. None is its word for: as the command line says.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *args, **settings: None)
 
     def run(program, name, arguments):
         capfd.readouterr()

@@ -17,7 +17,13 @@ from rltoken.methods.length_regularised import length_regularised
 from rltoken.types import Row
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+MAIN = ("grpo", "dr_grpo", "dapo", "cispo")
 OFF_POLICY = {"num_iterations": 2}
+
+
+def losses(*names):
+    """Loss types as parameters; those that few use are slow."""
+    return [name if name in MAIN else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def test_forks_microbatch_is_top_entropy_quantile(run):
@@ -64,8 +70,8 @@ def halves(mask):
     return mask * 0 + 0.5
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo"])
-@pytest.mark.parametrize("steps_per_generation", [1, 4])
+@pytest.mark.parametrize("loss_type", MAIN)
+@pytest.mark.parametrize("steps_per_generation", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_copies_of_half_weight_change_nothing(run, loss_type, steps_per_generation):
     stages = {
         "rows": {"copies": copies},
@@ -89,7 +95,7 @@ def test_copies_of_half_weight_change_nothing(run, loss_type, steps_per_generati
     assert stock.distance(counted) < 1e-7
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", losses(*LOSSES))
 def test_packs_equal_no_packs(run, loss_type):
     stages = {"aux": {"bonus": functools.partial(entropy_bonus, coef=0.1)}} if loss_type != "vespo" else {}
     settings = {
@@ -111,7 +117,7 @@ def test_packs_equal_no_packs_with_added_rows_and_accumulation(run):
     assert run(stages, **settings).distance(run(stages, pack_tokens=40, **settings)) < 5e-7
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", losses(*MAIN, "sapo", "luspo"))
 def test_accumulation_equals_one_batch(run, loss_type):
     stages = {
         "shapes": {"length": functools.partial(length_regularised, longest=12)},
@@ -124,7 +130,7 @@ def test_accumulation_equals_one_batch(run, loss_type):
     assert one.distance(four) < 5e-7
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
+@pytest.mark.parametrize("loss_type", losses(*MAIN, "bnpo", "sapo", "luspo"))
 def test_auxiliary_losses_are_reduced_as_trl_reduces(run, loss_type):
     """TRL's KL term, per token, as an auxiliary loss: the same reduction must give the same weights."""
     beta = 0.5

@@ -192,43 +192,45 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_is_exact(run, tmp_path, name, step):
+def test_resume_is_exact(run, tmp_path, name):
     stages = {
         "rows": {"dynamic": dynamic_sampling},
         "controls": {"length": functools.partial(length_schedule, start=6, end=12), "clip": rising_clip},
     }
     settings = RESUMED[name] | {"reward": sometimes, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
     whole = run(stages, output_dir=tmp_path / "whole", **settings)
-    resumed = run(
-        stages, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings
-    )
-    assert whole.distance(resumed) == 0.0
-    assert whole.trainer.sampler.stream.cursor == resumed.trainer.sampler.stream.cursor
+    for step in (1, 2, 3):
+        resumed = run(
+            stages, output_dir=tmp_path / f"from {step}", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings
+        )
+        assert whole.distance(resumed) == 0.0, step
+        assert whole.trainer.sampler.stream.cursor == resumed.trainer.sampler.stream.cursor, step
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-def test_resume_is_exact_past_the_end_of_an_epoch(run, tiny, tmp_path, step):
+def test_resume_is_exact_past_the_end_of_an_epoch(run, tiny, tmp_path):
     """Two windows an epoch: the resumed run must not begin with the order of the first epoch again."""
     settings = {"train_dataset": tiny[2].select(range(4)), "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     whole = run({}, output_dir=tmp_path / "whole", **settings)
-    resumed = run({}, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings)
-    assert whole.distance(resumed) == 0.0
+    for step in range(1, 6):
+        checkpoint = str(tmp_path / f"whole/checkpoint-{step}")
+        resumed = run({}, output_dir=tmp_path / f"from {step}", resume=checkpoint, **settings)
+        assert whole.distance(resumed) == 0.0, step
 
 
-@pytest.mark.parametrize("step", [1, 2, 4])
-def test_resume_between_two_logs_is_exact(run, tmp_path, step):
+def test_resume_between_two_logs_is_exact(run, tmp_path):
     """The next log averages over steps before the checkpoint too, and shows completions from before it."""
     settings = RESUMED["odd step of a window"] | {"max_steps": 6, "logging_steps": 3, "log_completions": True}
     settings |= {"save_strategy": "steps", "save_steps": 1, "reward": sometimes}
     whole = run({}, output_dir=tmp_path / "whole", **settings)
-    resumed = run({}, output_dir=tmp_path / "resumed", resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings)
-    assert whole.metrics == resumed.metrics and len(whole.metrics) == 3
-    for at in (3, 6):
-        tables = [tmp_path / f"{name}/completions/completions_{at:05d}.parquet" for name in ("whole", "resumed")]
-        assert at < step or len(pd.read_parquet(tables[0])) > 0
-        assert at < step or pd.read_parquet(tables[0]).equals(pd.read_parquet(tables[1]))
+    for step in (1, 2, 4):
+        again = f"from {step}"
+        resumed = run({}, output_dir=tmp_path / again, resume=str(tmp_path / f"whole/checkpoint-{step}"), **settings)
+        assert whole.metrics == resumed.metrics and len(whole.metrics) == 3, step
+        for at in (at for at in (3, 6) if at >= step):
+            tables = [tmp_path / f"{name}/completions/completions_{at:05d}.parquet" for name in ("whole", again)]
+            assert len(pd.read_parquet(tables[0])) > 0
+            assert pd.read_parquet(tables[0]).equals(pd.read_parquet(tables[1])), (step, at)
 
 
 def test_a_reference_that_follows_is_resumed(run, tmp_path):
