@@ -108,6 +108,7 @@ class EvalSchema:
     top_p: float = 1.0
     limit: Optional[int] = None  # noqa: UP045  (OmegaConf needs the old form)
     format: Optional[str] = None  # noqa: UP045  (OmegaConf needs the old form)
+    prompts: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch_size: int = 128
     chunk: int = 512
     max_new_tokens: int = 112

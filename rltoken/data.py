@@ -144,13 +144,14 @@ def load_traces(
         path: a .jsonl, .json or .parquet file.
         columns: `prompt`, `completion`, `answer`, `format` -> the source's column, or several to look for in order.
             Where there is a format, its tags are put around the completion, and the answer follows
-            (`rltoken.methods.ada_grpo.written`); else it is taken as it is, and no answer is needed.
+            (`rltoken.methods.ada_grpo.written`); else it is taken as it is, and no answer is needed. `tokens`, the
+            length of its thinking as `rltoken.star` tells it, may be left out.
         template: the user message; `{problem}` stands for the problem.
         formats: format -> the tag that opens it.
 
     Returns:
-        Columns `prompt` ([{"role": "user", "content": str}]), `completion` (str) and, where the source tells it,
-        `format`.
+        Columns `prompt` ([{"role": "user", "content": str}]), `completion` (str) and, where they are asked for and the
+        source tells them, `format` and `tokens`.
 
     Raises:
         UserError: no file, one that cannot be read, a missing column, an unknown format, or nothing left.
@@ -161,10 +162,11 @@ def load_traces(
         raise UserError("data.traces_path: there are no traces. Set it to a .jsonl, .json or .parquet file.")
     source = _read_file(path, "data.traces_path")
     found = _columns_of_traces(source, columns, path)
+    told = [key for key in ("format", "tokens") if found.get(key)]
     rows = []
     for example in source:
         prompt, text = _messages(example[found["prompt"]], template), example[found["completion"]]
-        form = example[found["format"]] if found["format"] else None
+        form = example[found["format"]] if "format" in told else None
         if form is not None and form not in (formats or {}):
             raise UserError(
                 f"data.traces.columns.format: {path} holds the format {form!r}; model.formats has: "
@@ -173,7 +175,7 @@ def load_traces(
         if form is not None:
             text = written(form, text, str(example[found["answer"]]), formats)
         if prompt and isinstance(text, str) and text.strip():
-            rows.append({"prompt": prompt, "completion": text, **({"format": form} if found["format"] else {})})
+            rows.append({"prompt": prompt, "completion": text} | {key: example[found[key]] for key in told})
     if not rows:
         raise UserError(f"data.traces_path: {path} has no row with a problem and a completion. Correct the file.")
     if len(rows) < len(source):
@@ -185,7 +187,7 @@ def _columns_of_traces(source: Dataset, columns: Mapping[str, str | Sequence[str
     """The source's column for each key, the first that is there; None for a format, or an answer that nobody needs."""
     wanted = {key: [names] if isinstance(names, str) else list(names) for key, names in columns.items()}
     found = {key: next((name for name in names if name in source.column_names), None) for key, names in wanted.items()}
-    for key in ("prompt", "completion", *(["answer"] if found["format"] else [])):
+    for key in ("prompt", "completion", *(["answer"] if found.get("format") else [])):
         if found[key] is None:
             raise UserError(
                 f"data.traces.columns.{key}: {path} has no column {' or '.join(map(repr, wanted[key]))}; it has: "

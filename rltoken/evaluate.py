@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -190,9 +190,13 @@ def subjects(cfg: DictConfig, overrides: Sequence[str]) -> list[Subject]:
     """The models that `runs` and `models` name, or the one that is configured, each with its settings.
 
     Raises:
-        UserError: a run that is not there or not finished, or two of one name.
+        UserError: a run that is not there or not finished, or two of one name; or prompts that a model does not have.
     """
+    from rltoken.evals import prompts
+
     found = [run_subject(Path(path), cfg, overrides) for path in cfg.runs]
+    if cfg.models or not found:
+        prompts.settle(cfg.eval, {})
     found += [Subject(str(path).rstrip("/").replace("/", "_").lstrip("._"), str(path), cfg) for path in cfg.models]
     found = found or [Subject(str(HydraConfig.get().runtime.choices["model"]), None, cfg)]
     names = [subject.name for subject in found]
@@ -246,6 +250,8 @@ def existing_model(path: str) -> None:
 
 def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subject:
     """The final model of a run, or a checkpoint, with the run's own settings, but for what the command line says."""
+    from rltoken.evals import prompts
+
     inside = not (path / "config.yaml").is_file() and (path.parent / "config.yaml").is_file()
     folder, model = (path.parent, path) if inside else (path, path / "final")
     if not (folder / "config.yaml").is_file():
@@ -277,6 +283,7 @@ def run_subject(path: Path, cfg: DictConfig, overrides: Sequence[str]) -> Subjec
         if key.partition(".")[0] in OF_A_RUN and "." in key:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
     OmegaConf.resolve(merged)
+    prompts.settle(merged.eval, OmegaConf.select(stored, "method.prompts") or {})
     return Subject(f"{folder.name}-{model.name}" if inside else folder.name, str(model), merged)
 
 
@@ -341,8 +348,14 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def prepare(subject: Subject, state: PartialState) -> Prepared:
+def prepare(
+    subject: Subject, state: PartialState, role: Literal["train", "eval"] = "eval", read: Sequence[str] = ()
+) -> Prepared:
     """Load all but the model.
+
+    Args:
+        role: of the problems.
+        read: sections, besides those of an evaluation, that the results belong to.
 
     Raises:
         UserError: the data cannot be had, or are not as many as the benchmark has.
@@ -359,11 +372,12 @@ def prepare(subject: Subject, state: PartialState) -> Prepared:
         if tokenizer is None and cfg.data.get("max_prompt_tokens") is not None:
             raise UserError("tokenizer: data.max_prompt_tokens counts by one; set tokenizer=FOLDER_OR_HUB_ID.")
         appended = None if cfg.eval.self_reward.reference is None else parts.appended(cfg.model, tokenizer)
-        problems = parts.problems(cfg.data, "eval", tokenizer)
-        parts.check_count(cfg, len(problems))
-        problems = parts.first(problems, cfg.eval.limit)
+        problems = parts.problems(cfg.data, role, tokenizer)
+        if role == "eval":
+            parts.check_count(cfg, len(problems))
+        problems = parts.evaluated(problems, cfg.eval)
     chunk = even_chunk(len(problems) * cfg.eval.samples, state.num_processes, cfg.eval.chunk)
-    sections = ("model", "data.eval", "reward", "eval", LONGEST)
+    sections = ("model", f"data.{role}", "reward", "eval", LONGEST, *read)
     settings = identity.flat({key: plain(OmegaConf.select(cfg, key)) for key in sections})
     settings |= {"device": state.device.type, "sampled_by": by, "batch": cfg.eval.batch_size if by == "hf" else chunk}
     engines = {

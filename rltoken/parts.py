@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rltoken import adapters, models, signals, teachers
 from rltoken.data import check_prompt_lengths
 from rltoken.errors import UserError
+from rltoken.evals import prompts
 from rltoken.evals.generators import ends_of
 from rltoken.rewards.guard import guarded
 from rltoken.rollout.forced import encode_template
@@ -177,6 +178,7 @@ def check_count(cfg: DictConfig, found: int) -> None:
     )
 
 
-def first(dataset: Dataset, limit: int | None) -> Dataset:
-    """At most `limit` problems, from the first on."""
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+def evaluated(dataset: Dataset, section: DictConfig) -> Dataset:
+    """The problems that the section `eval` takes, from the first on, as its prompts ask them."""
+    limit = section.limit
+    return prompts.ask(dataset if limit is None else dataset.select(range(min(limit, len(dataset)))), section)

@@ -224,11 +224,12 @@ class Pipeline:
             )
 
 
-def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
+def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]], section: str = "method") -> Pipeline:
     """Read the signatures of instantiated stages.
 
     Args:
         stages: slot -> name -> callable, as `method` of the config instantiates.
+        section: of the config in which they stand, for the keys in messages.
 
     Raises:
         UserError: an unknown slot or signal, a setting without a value or out of its range, a signature that cannot be
@@ -236,21 +237,39 @@ def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]]) -> Pipeline:
     """
     for slot in stages:
         if slot not in SLOTS:
-            raise UserError(f"method.{slot}: there is no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}.")
+            raise UserError(
+                f"{section}.{slot}: there is no such slot{nearest(slot, SLOTS)}; slots: {', '.join(SLOTS)}."
+            )
     marks = dict.fromkeys(stages.get("marks") or {}, "a mark")
     for name in marks:
         if any(name in signals for signals in SLOTS.values()):
-            raise UserError(f"method.marks.{name}: there is a signal of that name already; give the mark another one.")
+            raise UserError(
+                f"{section}.marks.{name}: there is a signal of that name already; give the mark another one."
+            )
     allowed = {slot: signals | (marks if slot in MARKED_SLOTS else {}) for slot, signals in SLOTS.items()}
     return Pipeline(
         {
             slot: tuple(
-                _stage(slot, f"method.{slot}.{name}", call, allowed[slot])
+                _stage(slot, f"{section}.{slot}.{name}", call, allowed[slot])
                 for name, call in (stages.get(slot) or {}).items()
             )
             for slot in SLOTS
         }
     )
+
+
+def change_prompts(
+    stage: Stage, inputs: list[dict[str, Any]], group: Tensor, progress: Progress, rng: torch.Generator
+) -> list[dict[str, Any]]:
+    """What a prompt stage makes of the prompts.
+
+    Raises:
+        UserError: another number of them than before.
+    """
+    changed = stage.run({"inputs": inputs, "group": group, "progress": progress, "rng": rng})
+    if len(changed) != len(inputs):
+        raise UserError(f"{stage.key}: returned {len(changed)} prompts for {len(inputs)}; return one for each.")
+    return changed
 
 
 def act(

@@ -203,9 +203,11 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
         UserError: a combination that makes no sense.
     """
     from rltoken import supervised, teachers
+    from rltoken.evals import prompts
     from rltoken.pipeline import build
 
     OmegaConf.resolve(cfg)
+    prompts.settle(cfg.eval, OmegaConf.select(cfg, "method.prompts") or {})
     config.check_values(cfg)
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
@@ -269,7 +271,7 @@ def assemble(
     drop_printing_callbacks(trainer)
     if between or cfg.eval.before or cfg.eval.after:
         refuse_split_weights(trainer)
-    problems = parts.first(evaluation, cfg.eval.limit)
+    problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
 

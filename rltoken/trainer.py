@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from rltoken.errors import UserError, first_line
-from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, check_controlled, fit, look
+from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, change_prompts, check_controlled, fit, look
 from rltoken.rng import forked_rng
 from rltoken.rollout import agreement, packs, tree
 from rltoken.rollout.logits import Change
@@ -763,20 +763,6 @@ def noted(stage: Stage) -> tuple[Stage, dict[str, Any]]:
         return value
 
     return dataclasses.replace(stage, call=alone), found
-
-
-def change_prompts(
-    stage: Stage, inputs: list[dict[str, Any]], group: Tensor, progress: Progress, rng: torch.Generator
-) -> list[dict[str, Any]]:
-    """What a prompt stage makes of the prompts.
-
-    Raises:
-        UserError: another number of them than before.
-    """
-    changed = stage.run({"inputs": inputs, "group": group, "progress": progress, "rng": rng})
-    if len(changed) != len(inputs):
-        raise UserError(f"{stage.key}: returned {len(changed)} prompts for {len(inputs)}; return one for each.")
-    return changed
 
 
 def shape(stage: Stage, signals: Signals) -> Mapping[str, float]:

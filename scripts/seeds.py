@@ -4,10 +4,12 @@
     python -m rltoken.train +exp=grpo,brpo seed=0,1,2,3,4 'model.seed=${seed}' --multirun
     python scripts/seeds.py runs/*-s* --picture curves.png
     python scripts/seeds.py runs/*-s* --level 0.9       after how many steps rollouts are right nine times in ten
+    python scripts/seeds.py runs/grpo-s* ev/short ev/long    runs, and runs as rltoken.evaluate asked them otherwise
 
 Runs that differ in nothing but their seeds are one setting. Each run's numbers are means over one fixed problem set;
 intervals are Student's t over the seeds (95 %), of the paired differences where two things are compared. Run folders
-without a report are left out, and said to be.
+without a report are left out, and said to be. A folder of rltoken.evaluate stands for the runs that it evaluated: its
+name, and what came out, in the place of `after`; it may differ from the others in `eval.prompts` alone.
 
 While training: the accuracy of all rollouts of the run, and the entropy of the last five windows, both as logged. The
 level is reached at the first optimizer step at which the mean of five windows has it. A run that never does counts with
@@ -37,6 +39,7 @@ METRICS = {
     "pass_at_k": ".3f",
     "anytime_accuracy": ".3f",
     "final_accuracy": ".3f",
+    "normalised_regret": ".3f",
     "thinking_tokens": ".1f",
     "majority_at_k": ".3f",
     "weighted_majority": ".3f",
@@ -61,6 +64,8 @@ SEEDS = {"seed", "model.seed", "model.source.seed"}
 PHASES = {"after": "after training", "training": "while training"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""
+FREE = ("eval.before", "eval.after", "eval.during.", "eval.prompts")
+"""Those among them that need not: when runs are evaluated, and what their prompts ask for."""
 
 
 def read(folders, level=None):
@@ -70,24 +75,20 @@ def read(folders, level=None):
         SystemExit: two runs of one setting have the same seed, were evaluated otherwise, or there is none.
     """
     settings, labels, evaluated = defaultdict(dict), {}, {}
-    for folder in folders:
-        if not (folder / "report.json").is_file():
-            print(f"{folder}: left out, it has no report.json, so it is not finished", file=sys.stderr)
-            continue
+    for folder, report, name, how in itertools.chain.from_iterable(map(reports_of, folders)):
         values = identity.settings(OmegaConf.load(folder / "config.yaml"))
-        how = {key: value for key, value in values.items() if key.startswith(EVALUATED)}
+        how = {key: value for key, value in (values | how).items() if key.startswith(EVALUATED)}
+        how = {key: value for key, value in how.items() if not key.startswith(FREE)}
         for key in sorted(how.keys() | evaluated.keys() if evaluated else ()):
             if how.get(key) != evaluated.get(key):
                 sys.exit(
                     f"{folder}: {key}={how.get(key)} where runs before it have {evaluated.get(key)}; compare them apart"
                 )
         evaluated = how
-        report = json.loads((folder / "report.json").read_text()) | {"training": while_training(folder, level)}
-        if not (report["before"] and report["after"]):
-            print(f"{folder}: left out, it was not evaluated before and after", file=sys.stderr)
-            continue
-        key = json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS)}, default=str)
-        label = labels.setdefault(key, re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name))
+        report["training"] = {} if name else while_training(folder, level)
+        key = name + json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS)}, default=str)
+        label = re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name)
+        label = labels.setdefault(key, f"{label}, {name}" if name else label)
         if values["seed"] in settings[label]:
             sys.exit(f"{folder}: there are two finished runs of {label} with seed {values['seed']}; name one of them")
         settings[label][values["seed"]] = report | {
@@ -98,6 +99,35 @@ def read(folders, level=None):
     if not settings:
         sys.exit("no finished run among these folders")
     return settings
+
+
+def reports_of(folder):
+    """Run, report, name and settings of each finished evaluation before and after training that a folder stands for.
+
+    The name is that of a folder of rltoken.evaluate, whose settings of evaluation go before the run's; of a run itself
+    it is empty.
+    """
+    if (folder / "report.json").is_file():
+        found = [(folder, json.loads((folder / "report.json").read_text()), "", {})]
+    elif (folder / "metrics.json").is_file():
+        results = json.loads((folder / "metrics.json").read_text())
+        runs = {name: Path(one["model"]).parent for name, one in results["settings"].items()}
+        found = [
+            (
+                runs[name],
+                json.loads((runs[name] / "report.json").read_text()) | {"after": after},
+                folder.name,
+                identity.flat(results["settings"][name]),
+            )
+            for name, after in results["models"].items()
+        ]
+    else:
+        print(f"{folder}: left out, it has no report.json, so it is not finished", file=sys.stderr)
+        found = []
+    whole = [one for one in found if one[1]["before"] and one[1]["after"]]
+    if len(whole) < len(found):
+        print(f"{folder}: left out, it was not evaluated before and after", file=sys.stderr)
+    return whole
 
 
 def of_all_samples(numbers):
@@ -208,7 +238,7 @@ def known(metrics, phases, reports):
 def main() -> None:
     """Print the tables, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders of evaluations of runs")
     parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
     parser.add_argument("--level", type=float, help="count the steps until rollouts have this accuracy")
     options = parser.parse_args()

@@ -218,7 +218,7 @@ def _configured(cfg: DictConfig, name: str) -> DictConfig:
         if cfg.eval.during.files is not None:
             found.data.eval_path = str(_file(Path(cfg.eval.during.files), name))
     found.eval = OmegaConf.merge(found.eval, {key: cfg.eval.during[key] for key in SET})
-    found.eval.max_answer_tokens = cfg.eval.max_answer_tokens
+    found.eval.max_answer_tokens, found.eval.prompts = cfg.eval.max_answer_tokens, cfg.eval.prompts
     OmegaConf.resolve(found)
     return found
 
@@ -270,7 +270,7 @@ def loaded(name: str, cfg: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Be
             f"eval.during.benchmarks: {name} cannot be had: {reason}; put {name}.jsonl into a folder, and set "
             "eval.during.files=FOLDER."
         ) from error
-    problems = parts.first(problems, cfg.eval.limit)
+    problems = parts.evaluated(problems, cfg.eval)
     if cfg.trainer.use_vllm and cfg.trainer.vllm_max_model_length is not None:
         _refuse_too_long(name, problems, cfg, tokenizer)
     graders, _, alike = parts.rewards(cfg.reward)

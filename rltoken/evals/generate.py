@@ -39,6 +39,8 @@ from rltoken.types import Template
 
 Graded = tuple[float, str]
 """Correctness, and what became of the grading (`rltoken.rewards.outcomes`)."""
+Job = tuple[int, int]
+"""Number of a problem, and of a sample of it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ class Settings:
     top_p: float = 1.0
     chunk: int = 512
     self_reward: SelfReward | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A forced answer: what was sampled, its grade, and the tokens of its context that were computed."""
+
+    ids: list[int]
+    graded: Graded
+    prefilled: int
 
 
 @dataclass
@@ -157,17 +168,44 @@ def evaluate(
             "model.forced.header: nothing would make the model answer where its thinking is cut; set it or "
             "model.think_end, or set eval.budgets=null."
         )
-    tables = _tables(generator, tokenizer, dataset, reward, template, settings, label, shards)
+
+    def records(batch: Sequence[Job]) -> list[dict[str, Any]]:
+        if by_messages:
+            return _chat_batch(generator, dataset, reward, settings, batch)
+        return _batch(generator, tokenizer, dataset, reward, template, settings, batch)
+
+    return in_batches(records, generator.together, len(dataset), settings, label=label, shards=shards)
+
+
+def in_batches(
+    records: Callable[[Sequence[Job]], list[dict[str, Any]]],
+    together: int | None,
+    problems: int,
+    settings: Settings,
+    *,
+    label: str,
+    shards: Path | None = None,
+) -> pd.DataFrame:
+    """The table of all samples of all problems, one row each, on every process; each makes its share of the batches.
+
+    Args:
+        records: the rows of a batch, called under a random state of the batch's own.
+        together: samples in a batch; None: as even a share of `settings.chunk` at most as there is.
+        problems: their number.
+        settings: how many samples of each, and the seed.
+        label, shards: as in `evaluate`.
+    """
+    tables = _tables(records, together, problems, settings, label, shards)
     if PartialState().num_processes > 1:
         tables = gather_object(tables)
     return pd.concat(tables).sort_index().reset_index(drop=True)
 
 
-def _tables(generator, tokenizer, dataset, reward, template, settings, label, shards) -> list[pd.DataFrame]:
+def _tables(records, together, problems, settings, label, shards) -> list[pd.DataFrame]:
     """The tables of this process's batches, their rows numbered among those of all."""
     state = PartialState()
-    jobs = [(row, sample) for row in range(len(dataset)) for sample in range(settings.samples)]
-    size = generator.together or even_chunk(len(jobs), state.num_processes, settings.chunk)
+    jobs = [(row, sample) for row in range(problems) for sample in range(settings.samples)]
+    size = together or even_chunk(len(jobs), state.num_processes, settings.chunk)
     mine = list(enumerate(range(0, len(jobs), size)))[state.process_index :: state.num_processes]
     tables = {number: shards and read(shards, number) for number, _ in mine}
     missing = [(number, jobs[start : start + size], start) for number, start in mine if tables[number] is None]
@@ -177,12 +215,8 @@ def _tables(generator, tokenizer, dataset, reward, template, settings, label, sh
     with torch.no_grad(), bar:
         for number, batch, start in missing:
             with forked_rng(settings.seed * 1_000_003 + number):
-                records = (
-                    _chat_batch(generator, dataset, reward, settings, batch)
-                    if isinstance(generator, ChatGenerator)
-                    else _batch(generator, tokenizer, dataset, reward, template, settings, batch)
-                )
-            tables[number] = pd.DataFrame.from_records(records, index=range(start, start + len(batch)))
+                rows = records(batch)
+            tables[number] = pd.DataFrame.from_records(rows, index=range(start, start + len(batch)))
             if shards:  # read again, so that types do not tell what was there before
                 write(shards, number, tables[number])
                 tables[number] = read(shards, number)
@@ -209,7 +243,7 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
     ]
     _count_prefilled(generator, costs)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    graded = _graded(reward, examples, completions, texts)
+    marks = graded(reward, examples, completions, texts)
     at_budgets = _at_budgets(
         generator, tokenizer, reward, template, settings, batch, examples, prompts, completions, costs
     )
@@ -231,7 +265,7 @@ def _batch(generator, tokenizer, dataset, reward, template, settings, batch) -> 
             **({} if generator.prefilled is None else {"prefilled_tokens": cost.prefilled}),
         }
         for example, (_, sample), (value, outcome), ids, text, forced, own, cost in zip(
-            examples, batch, graded, completions, texts, at_budgets, judged, costs, strict=True
+            examples, batch, marks, completions, texts, at_budgets, judged, costs, strict=True
         )
     ]
 
@@ -257,7 +291,7 @@ def _chat_batch(generator, dataset, reward, settings, batch) -> list[dict[str, A
     seeds = [request_seed(settings.seed, *job, "completion") for job in batch]
     replies = generator.replies([example["prompt"] for example in examples], settings.max_new_tokens, seeds)
     texts = [reply.text for reply in replies]
-    graded = _graded(reward, examples, [[] for _ in texts], texts)
+    marks = graded(reward, examples, [[] for _ in texts], texts)
     return [
         {
             "id": example["id"],
@@ -271,7 +305,7 @@ def _chat_batch(generator, dataset, reward, settings, batch) -> list[dict[str, A
             "sampled_tokens": reply.sampled,
             "prefilled_tokens": reply.prefilled,
         }
-        for example, (_, sample), (value, outcome), reply in zip(examples, batch, graded, replies, strict=True)
+        for example, (_, sample), (value, outcome), reply in zip(examples, batch, marks, replies, strict=True)
     ]
 
 
@@ -294,33 +328,63 @@ def _at_budgets(
             thinking_part(ids, template.think_end_id), settings.budgets, template, generator.ends
         )
     ]
-    # sorted by length, so that a batch is not padded to the longest context of all
-    order = sorted(range(len(branches)), key=lambda k: len(branches[k][1].ids))
-    chosen = [branches[k][:2] for k in order]
-    answers = generator.complete(
-        [prompts[i] + prefix.ids for i, prefix in chosen],
-        settings.max_answer_tokens,
-        template.stops,
-        [request_seed(settings.seed, *batch[i], "answer", len(prefix.kept)) for i, prefix in chosen],
-        [(i, len(prompts[i]) + len(prefix.kept)) for i, prefix in chosen],
-    )
-    _count_prefilled(generator, [costs[i] for i, _ in chosen])
-    for (i, _), answer in zip(chosen, answers, strict=True):
-        costs[i].sampled += len(answer)
-    ids = [prefix.ids + answer for (_, prefix), answer in zip(chosen, answers, strict=True)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    graded = _graded(reward, [examples[i] for i, _ in chosen], ids, texts)
-    scores: list[Graded] = [(0.0, "")] * len(branches)
-    for k, answer, (value, outcome) in zip(order, answers, graded, strict=True):
-        formed = well_formed(branches[k][1], answer, template, generator.ends)
-        scores[k] = (value, outcome) if formed or not value else (0.0, MALFORMED)
+    seeds = [request_seed(settings.seed, *batch[i], "answer", len(prefix.kept)) for i, prefix, _ in branches]
+    forced = answered(
+        generator, tokenizer, reward, template, examples, prompts, [branch[:2] for branch in branches], seeds,
+        max_new_tokens=settings.max_answer_tokens,
+    )  # fmt: skip
     found: list[list[Graded]] = [[] for _ in completions]
-    for (i, _, shared), score in zip(branches, scores, strict=True):
-        found[i] += [score] * shared
+    for (i, _, shared), answer in zip(branches, forced, strict=True):
+        costs[i].sampled += len(answer.ids)
+        costs[i].prefilled += answer.prefilled
+        found[i] += [answer.graded] * shared
     return found
 
 
-def _graded(reward, examples, completions, texts) -> list[Graded]:
+def answered(
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Callable[..., list[float | None]],
+    template: Template,
+    examples: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    branches: Sequence[tuple[int, Prefix]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """An answer forced after each prefix, all in one call after that of the completions which they are cut from.
+
+    Args:
+        generator, tokenizer, reward, template: as in `evaluate`.
+        examples, prompts: of each completion the problem, and its prompt's token ids.
+        branches: (completion, prefix of it) of each answer.
+        seeds: of the random stream of each.
+        max_new_tokens: tokens of an answer at most.
+    """
+    # sorted by length, so that a batch is not padded to the longest context of all
+    order = sorted(range(len(branches)), key=lambda k: len(branches[k][1].ids))
+    chosen = [branches[k] for k in order]
+    answers = generator.complete(
+        [prompts[i] + prefix.ids for i, prefix in chosen],
+        max_new_tokens,
+        template.stops,
+        [seeds[k] for k in order],
+        [(i, len(prompts[i]) + len(prefix.kept)) for i, prefix in chosen],
+    )
+    prefilled = generator.prefilled or [0] * len(chosen)
+    ids = [prefix.ids + answer for (_, prefix), answer in zip(chosen, answers, strict=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    marks = graded(reward, [examples[i] for i, _ in chosen], ids, texts)
+    found: dict[int, Answer] = {}
+    for k, answer, (value, outcome), tokens in zip(order, answers, marks, prefilled, strict=True):
+        formed = well_formed(branches[k][1], answer, template, generator.ends)
+        mark = (value, outcome) if formed or not value else (0.0, MALFORMED)
+        found[k] = Answer(answer, mark, tokens)
+    return [found[k] for k in range(len(branches))]
+
+
+def graded(reward, examples, completions, texts) -> list[Graded]:
     """Correctness and outcome of each completion; a reward function that logs no outcome is told by its value."""
     logged: dict[str, list[Any]] = {}
     columns = {key: [example[key] for example in examples] for key in examples[0] if key != "prompt"}

@@ -2,9 +2,11 @@
 
 Source: the length-regularised control of the embedded world, a form used by many papers (Yeo et al. 2025 and others).
 
-    r_i <- r_i * (1 - weight * min(n_i, longest) / longest)     n_i thinking tokens
+    gated    r_i <- r_i (1 - weight min(n_i, longest) / longest)     n_i thinking tokens
+    ungated  r_i <- r_i - weight min(n_i, longest) / longest         wrong answers pay too
 
-The penalty is gated by success: failing fast never pays, and a correct answer always beats a wrong one for weight < 1.
+Gated by success, failing fast never pays, and a correct answer always beats a wrong one for weight < 1. Ungated, a
+short wrong answer beats a long one, and by up to `weight` it can make up for being wrong.
 """
 
 from typing import Annotated
@@ -20,13 +22,16 @@ def length_regularised(
     *,
     weight: Annotated[float, Range(least=0, below=1)] = 0.4,
     longest: Count = 64,
+    gated: bool = True,
 ) -> Tensor:
-    """[B] rewards scaled down by thinking length.
+    """[B] rewards scaled down by thinking length, or less a penalty for it.
 
     Args:
         rewards: [B], 0 for a wrong answer.
         thinking_lengths: [B] thinking tokens.
-        weight: share of the reward that a trace of `longest` tokens loses, in [0, 1).
+        weight: what a trace of `longest` tokens loses, in [0, 1): gated a share of the reward.
         longest: thinking tokens from which on nothing more is lost.
+        gated: correct answers alone pay; False: every answer pays alike.
     """
-    return rewards * (1 - weight * thinking_lengths.clamp(max=longest) / longest)
+    penalty = weight * thinking_lengths.clamp(max=longest) / longest
+    return rewards * (1 - penalty) if gated else rewards - penalty

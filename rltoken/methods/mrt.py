@@ -21,6 +21,9 @@ Credit per episode: answers forced at every episode's end, and for a token t of 
 Summed over the episodes of a trace this is alpha (J_end - J_0): as one number per response a noisy copy of the outcome
 less a constant of the prompt, which a group's mean removes, hence GRPO. So it is credit per token only.
 
+The STaR variant (`rltoken.star`) cuts traces after the episode j of the largest r_prg (best_cut) and learns from those
+whose answer, forced there, is right.
+
 Deviations:
 - All siblings of a group continue one prefix, that of the first sibling's trace, which is one of the continuations; the
   others are sampled again from it (j = 0: they are what was sampled). M, alpha and the number of answers behind J are
@@ -30,7 +33,8 @@ Deviations:
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -42,7 +46,7 @@ from rltoken.ranges import Count, Range
 from rltoken.rng import seeded
 from rltoken.rollout.forced import SUMMARY, Prefix, sample_answers, thinking_part
 from rltoken.signals import plain_text
-from rltoken.types import THINKING, Rollout, Row, Sampler
+from rltoken.types import THINKING, Rollout, Sampler, Template
 
 GRACE = 3
 """A marker among so many first steps of an episode begins no new one."""
@@ -162,9 +166,10 @@ def with_progress(
     size, n = rollout.group_size, len(rollout.inputs)
     following = [
         forced_at(
-            rollout.rows[i],
+            rollout.rows[i].completion_ids,
             next((end for end in cut_up(rollout, i) if end > kept[i // size]), kept[i // size]),
-            sampler,
+            sampler.template,
+            sampler.ends,
         )
         for i in range(n)
     ]
@@ -180,29 +185,52 @@ def with_progress(
 def row_episodes(
     rollout: Rollout, i: int, *, sampler: Sampler, separator: str | None, markers: Sequence[str], most: int
 ) -> list[int]:
-    """`episode_ends` of the thinking of row `i`, what ends it excluded; [0] where there is none."""
-    thinking = open_thinking(rollout.rows[i].completion_ids, sampler)
-    pieces = sampler.decode([rollout.inputs[i]] * len(thinking), [[token] for token in thinking])
-    return episode_ends(list(map(plain_text, pieces)), separator=separator, markers=markers, most=most) or [0]
+    """`thinking_episodes` of row `i`; [0] where it has no thinking."""
+
+    def decode(tokens: list[list[int]]) -> list[str]:
+        return list(map(plain_text, sampler.decode([rollout.inputs[i]] * len(tokens), tokens)))
+
+    ids = rollout.rows[i].completion_ids
+    thinking = open_thinking(ids, sampler.template, sampler.ends)
+    return thinking_episodes(thinking, decode, separator=separator, markers=markers, most=most) or [0]
 
 
-def open_thinking(ids: Sequence[int], sampler: Sampler) -> list[int]:
+def thinking_episodes(
+    thinking: Sequence[int],
+    decode: Callable[[list[list[int]]], list[str]],
+    *,
+    separator: str | None,
+    markers: Sequence[str],
+    most: int,
+) -> list[int]:
+    """`episode_ends` of `open_thinking`.
+
+    Args:
+        thinking: token ids.
+        decode: the text of each of several lists of ids.
+        separator, markers, most: as in `episode_ends`.
+    """
+    pieces = decode([[token] for token in thinking]) if thinking else []
+    return episode_ends(pieces, separator=separator, markers=markers, most=most)
+
+
+def open_thinking(ids: Sequence[int], template: Template, ends: Collection[int]) -> list[int]:
     """The thinking of a completion without the token that ends it."""
-    thinking = thinking_part(ids, sampler.template.think_end_id)
-    closing = sampler.ends if sampler.template.think_end_id is None else {sampler.template.think_end_id}
+    thinking = thinking_part(ids, template.think_end_id)
+    closing = ends if template.think_end_id is None else {template.think_end_id}
     return thinking[:-1] if thinking and thinking[-1] in closing else thinking
 
 
-def forced_at(row: Row, end: int, sampler: Sampler) -> Prefix:
-    """What an answer is forced after where the thinking is cut at `end` tokens, or has ended there by itself."""
-    thinking = thinking_part(row.completion_ids, sampler.template.think_end_id)
+def forced_at(ids: Sequence[int], end: int, template: Template, ends: Collection[int]) -> Prefix:
+    """What an answer is forced after where a completion's thinking is cut at `end` tokens, or ended there by itself."""
+    thinking = thinking_part(ids, template.think_end_id)
     if (
-        sampler.template.think_end_id is not None
+        template.think_end_id is not None
         and end == len(thinking) - 1
-        and len(open_thinking(thinking, sampler)) == end
+        and len(open_thinking(thinking, template, ends)) == end
     ):
-        return Prefix(thinking, sampler.template.ended, closed=True)
-    return Prefix(thinking[:end], sampler.template.cut, closed=False)
+        return Prefix(thinking, template.ended, closed=True)
+    return Prefix(thinking[:end], template.cut, closed=False)
 
 
 def drawn_prefix(rollout: Rollout, first: int, cut_up: Callable[[Rollout, int], list[int]]) -> int:
@@ -319,7 +347,7 @@ def episode_answers(
     found = mean_scores(
         rollout,
         sampler,
-        [forced_at(rollout.rows[i], end, sampler) for i, end in places],
+        [forced_at(rollout.rows[i].completion_ids, end, sampler.template, sampler.ends) for i, end in places],
         rows=[i for i, _ in places],
         answers=answers,
         max_new_tokens=max_new_tokens,
@@ -352,6 +380,17 @@ def episode_credit(
         episode_scores: [B, K + 1] J there.
     """
     return advantages + alpha * token_progress(episodes, episode_scores, advantages.size(1))
+
+
+def best_cut(scores: Sequence[float]) -> int | None:
+    """The number of the episode that makes most progress, from 1 on, the first of equals; None where none makes any.
+
+    Args:
+        scores: J before the first episode and after each.
+    """
+    progress = [after - before for before, after in itertools.pairwise(scores)]
+    best = max(progress, default=0.0)
+    return progress.index(best) + 1 if best > 0 else None
 
 
 def token_progress(episodes: Tensor, scores: Tensor, tokens: int) -> Tensor:

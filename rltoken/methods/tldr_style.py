@@ -9,14 +9,19 @@ below are therefore not the authors'.
     r_i    <-  c_i - strength(level) n_i / longest      c_i reward, n_i tokens of the whole completion  tldr_style
 
 short: 1, medium: 0.5, long: 0. A group has one level, so that answers to different instructions are never compared.
-Gated, the penalty is that of correct answers only; `gated=False` penalises wrong answers as well.
+Gated, the penalty is that of correct answers only; `gated=False` penalises wrong answers as well. What an instruction
+means a model may be taught first, on traces of its own with the instruction of their length (by_length).
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from rltoken.data import load_traces
+from rltoken.errors import UserError
 from rltoken.methods.budget_prompt import asked, column, drawn_per_group
 from rltoken.ops import gate_by_success
 from rltoken.ranges import Count, Range
@@ -24,6 +29,12 @@ from rltoken.ranges import Count, Range
 LEVELS = ("short", "medium", "long")
 COLUMN = "length_level"
 Strength = Annotated[float, Range(least=0)]
+
+
+def are_levels(levels: Sequence[str]) -> None:
+    """Let a list of levels pass."""
+    if not levels or isinstance(levels, str) or not set(levels) <= set(LEVELS):
+        raise ValueError(f"{levels!r} is not possible; set it to some of [{', '.join(LEVELS)}]")
 
 
 def level_prompt(
@@ -34,6 +45,7 @@ def level_prompt(
     short: str = " Think briefly.",
     medium: str = " Think at moderate length.",
     long: str = " Think as long as you need.",
+    levels: Annotated[Sequence[str], are_levels] = LEVELS,
 ) -> list[dict[str, Any]]:
     """Append the instruction of a level, drawn once per group, and put the level into the column `length_level`.
 
@@ -42,12 +54,34 @@ def level_prompt(
         group: [B].
         rng: draws the levels.
         short, medium, long: the text to append for each level.
+        levels: those to draw from; one alone asks for that, as an evaluation does.
     """
+    sentences = dict(zip(LEVELS, (short, medium, long), strict=True))
+    drawn = [levels[i] for i in drawn_per_group(len(levels), group, rng)]
+    return [{**asked(example, sentences[level]), COLUMN: level} for example, level in zip(inputs, drawn, strict=True)]
+
+
+def by_length(path: str, *, short: str, medium: str, long: str, template: str = "{problem}") -> Dataset:
+    """Supervised traces whose prompts ask for the level that they have: of all traces the shortest third is short, ...
+
+    Args:
+        path: a file of `rltoken.star`, with the thinking tokens of each trace in the column `tokens`.
+        short, medium, long: the text to append for each level, as in `level_prompt`.
+        template: the user message of a problem that is no conversation; `{problem}` stands for it.
+
+    Returns:
+        Columns `prompt`, `completion` and `tokens`, shortest first; of equal lengths the first in the file.
+
+    Raises:
+        UserError: the file cannot be read, or tells no lengths.
+    """
+    columns = {"prompt": "prompt", "completion": "completion", "tokens": "tokens"}
+    traces = load_traces(path=path, columns=columns, template=template)
+    if "tokens" not in traces.column_names:
+        raise UserError(f"sft.traces.path: {path} has no column 'tokens'; name a file of python -m rltoken.star.")
+    rows = sorted(traces, key=lambda row: row["tokens"])
     sentences = (short, medium, long)
-    return [
-        {**asked(example, sentences[i]), COLUMN: LEVELS[i]}
-        for example, i in zip(inputs, drawn_per_group(len(LEVELS), group, rng), strict=True)
-    ]
+    return Dataset.from_list([asked(row, sentences[i * len(LEVELS) // len(rows)]) for i, row in enumerate(rows)])
 
 
 def tldr_style(

@@ -8,7 +8,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from rltoken import cli as entry
-from rltoken import evaluate, train
+from rltoken import evaluate, star, train
 
 TINY = {
     "model=": ["model.source.steps=2"],
@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def cli(cache, tmp_path, monkeypatch, capfd):
-    """cli(*overrides), cli.evaluate(*overrides) -> status, out, err, the folder of runs and the working directory."""
+    """cli(*overrides), cli.evaluate(...), cli.star(...) -> status, out, err, the runs' folder, working directory."""
     monkeypatch.setenv("RLTOKEN_CACHE", str(cache))
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.chdir(tmp_path)
@@ -58,4 +58,5 @@ def cli(cache, tmp_path, monkeypatch, capfd):
         return run(train, "rltoken.train", [*method, *(item for group in chosen for item in TINY[group]), *overrides])
 
     call.evaluate = lambda *overrides: run(evaluate, "rltoken.evaluate", overrides)
+    call.star = lambda *overrides: run(star, "rltoken.star", overrides)
     return call

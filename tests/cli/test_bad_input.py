@@ -320,6 +320,7 @@ SETTINGS_OUT_OF_RANGE = {
     "+aux=entropy_bonus": ["aux.entropy_bonus.coef=high"],
     "+control=length_schedule": ["controls.length_schedule.over=2", "controls.length_schedule.start=0"],
     "+prompt=budget": ["prompts.budget.budgets=[]", "prompts.budget.budgets=[0,8]", "prompts.budget.template=think"],
+    "+prompt=tldr_style": ["prompts.tldr_style.levels=[]", "prompts.tldr_style.levels=[brief]"],
     "+prompt=hbpo": ["prompts.hbpo.budgets=[]", "prompts.hbpo.template=hurry"],
     "+prompt=l1": ["prompts.l1.ask=often", "prompts.l1.least=0"],
     "+control=hapo_entropy": ["controls.hapo_entropy.tau=-1", "controls.hapo_entropy.form=papr"],

@@ -1,5 +1,6 @@
 """Methods together: they train from the command line, and each one's tensors are those that it yields alone."""
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rltoken import config
 from rltoken.pipeline import Pipeline
+from rltoken.rollout.logits import told
 from rltoken.tiny import problems, warm_start
 from rltoken.train import checked
-from rltoken.types import Template
+from rltoken.types import Rollout, Template
 from tests.trl.teachers import a_teacher
 from tests.trl.two_ranks import APPENDED, ReplayedWithEnds, reward
 
@@ -50,6 +52,33 @@ COMPOSITIONS = {
     "ttrl + spine's band + kl_cov": (("exp=ttrl",), ("weight=spine_forks", "aux=entropy_band"), KL_COV),
 }
 """Each part in the words of the command line; choices of one group act in the order of the parts."""
+DYNAMIC = ("rows=dynamic_sampling",)
+SCHEDULE = ("control=length_schedule", "method.controls.length_schedule.start=6")
+PRUNE = ("control=think_prune", "method.controls.think_prune.stages=[[0,12],[1,7]]")
+CAMPO = (
+    "control=campo",
+    "method.controls.campo.stages=[[0,6],[1,12]]",
+    "method.controls.campo.clips=[[0.2,0.2],[0.1,0.3]]",
+)
+PAIRS = {
+    "a shaper and a credit": (("shape=arora_zanette",), ("credit=rloo",)),
+    "another shaper and credit": (("shape=kimi_length",), ("credit=grpo_lead",)),
+    "a shaper and a curriculum": (("shape=laser", TARGETS), SCHEDULE),
+    "another shaper and curriculum": (("shape=shorter_better", "method.shapes.shorter_better.beta=0.02"), PRUNE),
+    "a third shaper and curriculum": (("shape=dler",), CAMPO),
+    "a shaper and dynamic sampling": (("shape=length_regularised",), DYNAMIC),
+    "another shaper and dynamic sampling": (("shape=dler",), DYNAMIC),
+    "a credit and a curriculum": (("credit=gtpo_entropy",), SCHEDULE),
+    "another credit and curriculum": (("credit=dler",), PRUNE),
+    "a credit and dynamic sampling": (("credit=rloo",), DYNAMIC),
+    "another credit and dynamic sampling": (("credit=entropy_advantage",), DYNAMIC),
+    "a curriculum and dynamic sampling": (CAMPO, DYNAMIC),
+    "all four": (("shape=arora_zanette",), ("credit=rloo",), SCHEDULE, DYNAMIC),
+}
+"""Pairs of a shaper, a credit, a curriculum and dynamic sampling, and all of them."""
+EVERY = COMPOSITIONS | PAIRS
+QUICK = {"a shaper and dynamic sampling", "another credit and curriculum", "all four"}
+"""Those of the pairs that are not slow: each kind of part is in some."""
 REPLAYED = (
     "trainer.per_device_train_batch_size=16",
     "trainer.num_generations=4",
@@ -65,6 +94,8 @@ REPLAYED = (
 MAKES = {"shapes": ("rewards",), "credits": ("advantages",), "bounds": ("eps_low", "eps_high"), "weights": ("weight",)}
 """What the stages of a slot make for others, besides marks, which have names of their own."""
 RECORDED = (*MAKES, "marks", "ratios", "aux")
+SAMPLING = ("controls", "rows")
+"""The slots that make the rollouts: a run has those of all parts, and what they yield is compared too."""
 
 
 def together(parts):
@@ -88,10 +119,17 @@ def method(parts, folder):
     return pipeline, args
 
 
+def named(quick=EVERY):
+    """Every composition; the pairs that are not quick are slow."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in PAIRS and name not in quick else name for name in EVERY
+    ]
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("name", named({"all four"}))
 def test_they_train_from_the_command_line(cli, name):
-    found = cli(*together(COMPOSITIONS[name]), "eval.before=false", "eval.after=false", "trainer.num_iterations=2")
+    found = cli(*together(EVERY[name]), "eval.before=false", "eval.after=false", "trainer.num_iterations=2")
     assert found.status == 0, found.err
     (folder,) = found.runs.iterdir()
     assert '"step": 2' in (folder / "metrics.jsonl").read_text()
@@ -114,16 +152,30 @@ class OnRecord(ReplayedWithEnds):
         pass
 
 
-def recorded(stage, seen):
-    """The stage, and what it returns each time put into `seen` under its key."""
+class Recorder:
+    """What a stage calls; the tensors that it returns each time are put into `seen` under its key, a copy's are not."""
 
-    def call(*needed):
-        result = stage.call(*needed)
-        tensors = [x for x in (result if isinstance(result, tuple) else (result,)) if not isinstance(x, dict)]
-        seen.setdefault(stage.key, []).append([torch.as_tensor(value).detach().clone() for value in tensors])
+    def __init__(self, stage, seen):
+        self.stage, self.seen, self.changes_logits = stage, seen, stage.changes_logits
+
+    def __call__(self, *needed):
+        result = self.stage.call(*needed)
+        self.seen.setdefault(self.stage.key, []).append(tensors_of(result))
         return result
 
-    return dataclasses.replace(stage, call=call)
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.stage.call, memo)
+
+
+def tensors_of(result):
+    """A stage's result as tensors, without the metrics beside it: of a control its settings, of a rollout its rows."""
+    if isinstance(result, dict):
+        result = tuple(list(told(v).encode()) if key == "logits" else float(v) for key, v in sorted(result.items()))
+    if isinstance(result, Rollout):
+        tokens = [token for row in result.rows for token in (*row.prompt_ids, *row.completion_ids, *row.train_mask)]
+        result = (result.rewards, tokens, list(result.metrics.values()))
+    values = [x for x in (result if isinstance(result, tuple) else (result,)) if not isinstance(x, dict)]
+    return [torch.as_tensor(value).detach().clone() for value in values]
 
 
 def played(stage, results):
@@ -164,16 +216,22 @@ def of_a_part(whole, own, results):
     return Pipeline(slots)
 
 
+def right_or_wrong(completion_ids, **_):
+    """1 where half of the tokens or more are even: whole groups are alike now and then."""
+    return [float(share >= 0.5) for share in reward(completion_ids)]
+
+
 def replay(pipeline, args, folder, own=None):
     """What each stage of `own` (None: of all) returns while the same rollouts are trained, by its key."""
     seen, slots = {}, dict(pipeline.slots)
-    for slot in RECORDED:
+    for slot in (*SAMPLING, *RECORDED):
         slots[slot] = tuple(
-            recorded(stage, seen) if own is None or stage.key in own else stage for stage in pipeline[slot]
+            dataclasses.replace(stage, call=Recorder(stage, seen)) if own is None or stage.key in own else stage
+            for stage in pipeline[slot]
         )
     trainer = OnRecord(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=reward,
+        reward_funcs=right_or_wrong if pipeline["rows"] else reward,
         args=args,
         train_dataset=problems(16),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -188,18 +246,20 @@ def replay(pipeline, args, folder, own=None):
     return seen
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("name", named(QUICK))
 def test_each_part_yields_what_it_yields_alone(cache, tmp_path, name):
     """On the same rollouts; only what a part names of another one reaches it, as the other one made it."""
-    folder, parts = str(warm_start(steps=2, cache_dir=cache)), COMPOSITIONS[name]
+    folder, parts = str(warm_start(steps=2, cache_dir=cache)), EVERY[name]
     whole = replay(*method(parts, tmp_path), folder)
     assert all(len(values) in (2, 4) for values in whole.values()), "once a window, or once a forward"
     for key, values in whole.items():
-        varied = any(tensor.double().unique().numel() > 1 for tensors in values for tensor in tensors)
+        varied = torch.cat([tensor.double().flatten() for tensors in values for tensor in tensors]).unique().numel() > 1
         assert varied or key == "method.bounds.unclipped", f"{key} does nothing here"
+    replaced = [metrics[0].item() for _, _, metrics in whole.get("method.rows.dynamic_sampling", ())]
+    assert sum(replaced) > 0 or not replaced, "dynamic sampling replaces nothing here"
     compared = set()
     for part in parts:
-        own = {stage.key for stage in method([part], tmp_path)[0].stages(*RECORDED)}
+        own = {stage.key for stage in method([part], tmp_path)[0].stages(*SAMPLING, *RECORDED)}
         pipeline, args = method(parts, tmp_path)
         alone = replay(of_a_part(pipeline, own, whole), args, folder, own)
         assert alone.keys() == own

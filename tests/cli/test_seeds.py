@@ -86,6 +86,28 @@ def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
     assert found.returncode == 1 and "eval.samples=1 where runs before it have 4" in found.stderr
 
 
+def test_evaluations_of_runs_stand_for_what_they_asked(folders, tmp_path):
+    """Asked otherwise, two runs with .7 and .9 after training have .6 and .7: .15 less, half width as above."""
+    short = tmp_path / "short"
+    short.mkdir()
+    results = {"settings": {}, "models": {}}
+    for folder, accuracy in zip(folders[:2], (0.6, 0.7), strict=True):
+        after = json.loads((folder / "report.json").read_text())["after"]
+        results["models"][folder.name] = after | {"accuracy": accuracy}
+        how = {"samples": 4, "prompts": {"tldr_style": {"levels": ["short"]}}}
+        results["settings"][folder.name] = {"model": f"{folder}/final", "eval": how}
+    (short / "metrics.json").write_text(json.dumps(results))
+    found = seeds(*folders[:2], short)
+    assert found.returncode == 0, found.stderr
+    (line,) = (line for line in found.stdout.splitlines() if "a-tiny - a-tiny, short" in line)
+    assert "+0.150 ± 0.635" in line
+    for one in results["settings"].values():
+        one["eval"]["samples"] = 2
+    (short / "metrics.json").write_text(json.dumps(results))
+    found = seeds(*folders[:2], short)
+    assert found.returncode == 1 and "eval.samples=2 where runs before it have 4" in found.stderr
+
+
 def test_training_is_compared_too(tmp_path):
     """The means of five steps are .5, .6, .7 at the steps 10, 12 and 14 of one run, and .5 throughout of the other."""
     rises, stays = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [0.5] * 7

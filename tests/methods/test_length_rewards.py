@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rltoken.methods.laser import LaserD, difficulty, laser, repetitive
 from rltoken.methods.optima import optima
 from rltoken.methods.shorter_better import shorter_better
 from rltoken.methods.think_prune import within_limit
-from rltoken.methods.tldr_style import LEVELS, level_prompt, tldr_style
+from rltoken.methods.tldr_style import LEVELS, by_length, level_prompt, tldr_style
 from rltoken.ops import group_amax, group_amin
 from rltoken.parts import rewards
 from rltoken.pipeline import build
@@ -291,6 +292,36 @@ def test_levels_are_drawn_per_group_and_asked_for():
     levels = by_group(changed, "length_level")
     assert set(levels) == set(LEVELS) and before == PROMPTS
     assert changed[0]["prompt"][-1]["content"] == f"q0 <{levels[0][0]}>"
+
+
+def test_one_level_alone_is_asked_for():
+    changed = level_prompt(PROMPTS, GROUPS, torch.Generator().manual_seed(0), long=" <l>", levels=["long"])
+    assert {example["length_level"] for example in changed} == {"long"}
+    assert all(example["prompt"][-1]["content"].endswith(" <l>") for example in changed)
+
+
+def stored(path, rows):
+    """A file of rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_traces_are_told_their_level_by_their_length(tmp_path):
+    """Of seven, sorted, i goes to level 3 i // 7: three, two and two; of equal lengths the first in the file."""
+    lengths = [50, 10, 20, 60, 20, 30, 70]
+    rows = [{"prompt": f"q{i}", "completion": f"c{i}", "tokens": n} for i, n in enumerate(lengths)]
+    found = by_length(
+        stored(tmp_path / "t.jsonl", rows), short=" <s>", medium=" <m>", long=" <l>", template="Do {problem}."
+    )
+    assert [(row["prompt"][0]["content"], row["completion"]) for row in found] == [
+        ("Do q1. <s>", "c1"), ("Do q2. <s>", "c2"), ("Do q4. <s>", "c4"), ("Do q5. <m>", "c5"), ("Do q0. <m>", "c0"),
+        ("Do q3. <l>", "c3"), ("Do q6. <l>", "c6"),
+    ]  # fmt: skip
+
+
+def test_traces_without_lengths_have_no_level(tmp_path):
+    with pytest.raises(UserError, match=r"sft\.traces\.path: .* has no column 'tokens'; name a file of python -m rlt"):
+        by_length(stored(tmp_path / "t.jsonl", [{"prompt": "q", "completion": "c"}]), short="", medium="", long="")
 
 
 @pytest.mark.parametrize("ask", ["exact", "maximum", "both"])

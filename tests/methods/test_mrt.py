@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rltoken.methods.mrt import episode_credit, episode_ends, mrt, mrt_progress, token_progress
+from rltoken.methods.mrt import best_cut, episode_credit, episode_ends, mrt, mrt_progress, token_progress
 
 MARKERS = ["Wait", "But wait", "Alternatively"]
 REWARDS = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1])
@@ -46,6 +46,14 @@ def test_progress_of_each_token_of_an_episode():
 def test_credit_adds_to_what_was_there():
     found = episode_credit(torch.full((1, 9), 0.5), torch.tensor([[0, 2, 4, 6, 7]]), SCORES, alpha=2.0)
     assert found.tolist() == [[1.0, 1.0, 1.5, 1.5, 0.5, 0.5, 0.0, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "episode"),
+    [([0, 0.25, 0.75, 0.75, 0.5], 2), ([0.0, 0.5, 1.0], 1), ([0.5, 0.5, 0.25], None), ([1.0], None), ([], None)],
+)
+def test_a_trace_is_cut_after_the_episode_of_most_progress(scores, episode):
+    assert best_cut(scores) == episode
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
