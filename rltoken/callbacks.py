@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from rltoken.preemption import SIGNALS, Notice
+from rltoken.preemption import Notice, signals
 from rltoken.report import read_metrics
 
 SHOWN = {"reward": "reward", "rewards/accuracy/mean": "accuracy", "thinking_tokens": "thinking tokens"}
@@ -165,11 +165,11 @@ class StopWhenAsked(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         """Block the signals while the data loader starts its workers, which inherit that: a signal to all is for us."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals())
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Receive again what came meanwhile."""
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals())
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Leave with a checkpoint of this step."""

@@ -579,6 +579,10 @@ def explain(
 def _wrong_choice(text: str, groups: Mapping[str, Iterable[str]], overrides: Sequence[str]) -> UserError | None:
     if found := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", text):
         group, name = found.groups()
+        if group == "hydra/launcher" and "submitit" in name:
+            return UserError(
+                "hardware=slurm: Hydra's launcher for SLURM is not installed; run: pip install 'rltoken[slurm]'."
+            )
         while group not in groups and "/" in group:
             group, _, parent = group.rpartition("/")
             name = f"{parent}/{name}"

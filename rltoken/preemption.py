@@ -1,4 +1,4 @@
-"""Leaving when the machine is wanted back: SIGTERM, SIGUSR1 or `trainer.max_hours`.
+"""Leaving when the machine is wanted back: SIGTERM, SIGUSR1, submitit's signal or `trainer.max_hours`.
 
     with noticed(max_hours) as notice:
         ...                      # nothing to lose here: a signal ends the run at once, by raising Preempted
@@ -29,6 +29,19 @@ ECHO_SECONDS = 1.0
 """A second SIGTERM so soon is the first one again: `timeout`, for one, sends it to its child and to its group."""
 STARTED = time.monotonic()
 """When this process began, in seconds: the entry imports this module first."""
+
+
+def submitit_signal() -> signal.Signals | None:
+    """The signal by which submitit tells a job of its end, in a process that it started; None in any other."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return None
+    return signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+
+
+def signals() -> set[signal.Signals]:
+    """What tells this process to leave."""
+    own = submitit_signal()
+    return {*SIGNALS} if own is None else {*SIGNALS, own}
 
 
 class Preempted(KeyboardInterrupt):
@@ -132,13 +145,13 @@ def noticed(max_hours: float | None) -> Iterator[Notice]:
     if threading.current_thread() is not threading.main_thread():
         yield notice
         return
-    handlers = {number: signal.signal(number, notice.receive) for number in SIGNALS}
+    handlers = {number: signal.signal(number, notice.receive) for number in signals()}
     try:
         yield notice
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # training may have ended while the data loader started
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # training may have ended while the data loader started
 
 
 def _end_by(number: int) -> None:

@@ -28,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rltoken import adapters, cli, config, preemption, runs
+from rltoken import adapters, cli, config, launching, preemption, runs
 from rltoken.errors import UserError
 from rltoken.resume import disk_errors_told
 
@@ -84,7 +84,10 @@ def refuse_shared_directories(arguments: Sequence[str]) -> None:
 
 @hydra.main(config_path=f"pkg://{cli.CONFIG_MODULE}", config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
-    cli.attempt(lambda: named_run(cfg))
+    with launching.slurm_job() as may_be_again:
+        if may_be_again:
+            cfg.resume = cfg.resume or "auto"
+        cli.attempt(lambda: named_run(cfg))
 
 
 def named_run(cfg: DictConfig) -> None:
@@ -209,7 +212,9 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     OmegaConf.resolve(cfg)
     prompts.settle(cfg.eval, OmegaConf.select(cfg, "method.prompts") or {})
     config.check_values(cfg)
+    launching.refuse_unsharded(os.environ, on_cpu=cfg.trainer.use_cpu)
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
+    launching.refuse_apart(os.environ, args.world_size)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
     pipeline.check(args)
     teachers.check(cfg, pipeline, args)
@@ -269,8 +274,6 @@ def assemble(
         record=runs.record(folder, cfg),
     )
     drop_printing_callbacks(trainer)
-    if between or cfg.eval.before or cfg.eval.after:
-        refuse_split_weights(trainer)
     problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
@@ -309,20 +312,6 @@ def refuse_unserved(cfg: DictConfig, args: Any, path: str) -> None:
         from rltoken.rollout import vllm_cpu
 
         vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
-
-
-def refuse_split_weights(trainer: Any) -> None:
-    """Refuse to evaluate by transformers what is not whole on any rank.
-
-    Raises:
-        UserError: FSDP or ZeRO-3 splits the weights, and vLLM does not sample.
-    """
-    if trainer.splits_weights and not trainer.use_vllm:
-        raise UserError(
-            "eval: transformers cannot sample from weights that FSDP or ZeRO-3 splits over ranks; set "
-            "rollout=vllm_server or rollout=vllm_colocate, or trainer.eval_strategy=no eval.before=false "
-            "eval.after=false."
-        )
 
 
 def drop_printing_callbacks(trainer: Any) -> None:

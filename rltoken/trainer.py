@@ -113,12 +113,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self.sampler = TrainerSampler(
             self,
             template=template,
-            stream=PromptStream(
-                self.train_dataset,
-                seed=self.args.seed,
-                rank=self.accelerator.process_index,
-                ranks=self.accelerator.num_processes,
-            ),
+            stream=PromptStream(self.train_dataset, seed=self.args.seed),
         )
         self._configured = {"epsilon": self.epsilon_low, "epsilon_high": self.epsilon_high}
         self._ends = frozenset([*self.eos_token_ids, self.processing_class.pad_token_id])
@@ -667,10 +662,10 @@ class TokenGRPOTrainer(SeamTrainer):
             "windows": self._windows,
         }
 
-    def restore_state(self, state: dict[str, Any], *, ranks: int) -> None:
-        """Restore what `checkpoint_state` gave on one of `ranks` ranks."""
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what `checkpoint_state` gave."""
         self.pipeline.load_state_dict(state["stages"], on_change=self.on_change)
-        self.sampler.stream.cursor = -(-state["cursor"] * ranks // self.accelerator.num_processes)
+        self.sampler.stream.cursor = state["cursor"]
         self.epsilon_low, self.epsilon_high = state["clip"]
         self._windows = state["windows"]
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
@@ -713,6 +708,11 @@ class TokenGRPOTrainer(SeamTrainer):
             raise UserError(
                 "rollout.pack_tokens: DeepSpeed steps after every backward, so packs cannot be; set it to null."
             )
+        if self.args.sync_ref_model and self.splits_weights:
+            raise UserError(
+                "trainer.sync_ref_model: a checkpoint would hold one process's part of a reference that follows the "
+                "policy; set it to false, or launch with ddp.yaml or zero2.yaml."
+            )
         if self.pipeline["rows"] and self.runs_tools:
             raise UserError(f"{self.pipeline['rows'][0].key}: rows stages cannot replay tools or rollout functions.")
         if self.needs_reference and not self.has_reference:
@@ -724,8 +724,8 @@ class TokenGRPOTrainer(SeamTrainer):
             refuse_missing(self.pipeline)
         if self.pipeline.needs("head") and not self.has_plain_head:
             raise UserError(
-                "model.path: a stage names 'head', but this model caps or scales its logits, or FSDP or ZeRO-3 splits "
-                "its head over ranks; leave the stage out, or choose another model or no such sharding."
+                "model.path: a stage names 'head', but this model caps or scales its logits, or ZeRO-3 splits its head "
+                "over ranks; leave the stage out, or choose another model, or FSDP2."
             )
         if self.aux_loss_enabled and (self.pack_tokens is not None or self.pipeline["rows"]):
             raise UserError(

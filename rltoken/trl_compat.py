@@ -21,12 +21,19 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.models.utils import (
+    disable_gradient_checkpointing,
+    prepare_deepspeed,
+    prepare_fsdp,
+    unwrap_model_for_generation,
+)
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, use_adapter
 
 from rltoken.errors import UserError
@@ -231,14 +238,46 @@ class SeamTrainer(VLLMTrainer):
                     found[i] = until_end(row, self.eos_token_ids)
         return found
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[nn.Module]:
+        """The model, inside the context with all weights on every rank, so that ranks need not sample in step.
+
+        Where FSDP2 or ZeRO-3 splits the weights, every rank must enter and leave.
+        """
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+            for part in parts:
+                part.set_reshard_after_forward(False, recurse=False)
+                part.unshard()
+            try:
+                yield model
+            finally:
+                for part in parts:
+                    part.reshard()
+                if parts:
+                    self._reshard_as_before(model, parts)
+
+    def _reshard_as_before(self, model: nn.Module, parts: Sequence[FSDPModule]) -> None:
+        """Let parts give up weights after a forward as accelerate has them: all but the root, the norm and the head."""
+        for part in parts:
+            part.set_reshard_after_forward(self.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+        for kept in (model, model.get_output_embeddings()):  # the head's is one state with the norm's
+            kept.set_reshard_after_forward(False, recurse=False)
+
     def _count_tokens(self, tokens: int) -> None:
         everywhere = self.accelerator.gather(torch.tensor(tokens, device=self.accelerator.device))
         self.state.num_input_tokens_seen += int(everywhere.sum())
 
     def decode(self, inputs: Sequence[dict[str, Any]], ids: list[list[int]]) -> list[Any]:
         """Completions as TRL hands them to reward functions: strings, or a list with one assistant message."""
+        if not ids:  # on this rank; transformers 5.17 decodes no row as one empty text
+            return []
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
-        if inputs and is_conversational({"prompt": inputs[0]["prompt"]}):
+        if is_conversational({"prompt": inputs[0]["prompt"]}):
             return [[{"role": "assistant", "content": text}] for text in texts]
         return texts
 
@@ -297,11 +336,15 @@ class SeamTrainer(VLLMTrainer):
             # TRL passes no processors on; what it calls is this method of the unwrapped model
             model = self.accelerator.unwrap_model(self.model)
             processors = LogitsProcessorList([logits.EverySequence(change)])
+            own = vars(model).get("generate")  # transformers puts one there that FSDP2 knows as a forward
             model.generate = functools.partial(model.generate, logits_processor=processors)
             try:
                 yield
             finally:
-                del model.generate
+                if own is None:
+                    del model.generate
+                else:
+                    model.generate = own
 
     @contextlib.contextmanager
     def _stopping_at(self, stops: Sequence[int]) -> Iterator[None]:
@@ -472,14 +515,14 @@ class SeamTrainer(VLLMTrainer):
         """The head as TRL's fused forward uses it, without gradient."""
         embeddings = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         bias = embeddings.bias
-        return Head(embeddings.weight.detach(), None if bias is None else bias.detach(), self.temperature)
+        return Head(_whole(embeddings.weight), None if bias is None else _whole(bias), self.temperature)
 
     @property
     def has_plain_head(self) -> bool:
-        """Whether `head` can be had: logits linear in the hidden state, whole weights on every rank."""
+        """Whether `head` can be had: logits linear in the hidden state, and weights that can be put together."""
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()
         changed = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_CHANGES)
-        return not (changed or self.splits_weights)
+        return not (changed or is_deepspeed_zero3_enabled())
 
     @property
     def splits_weights(self) -> bool:
@@ -675,7 +718,7 @@ class SeamTrainer(VLLMTrainer):
         if not isinstance(source, nn.Module):
             return source
         add_fused_lm_head(source, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
-        return self.accelerator.prepare_model(source.eval().requires_grad_(False), evaluation_mode=True)
+        return self._placed(source.eval().requires_grad_(False))
 
     def _reference_model(self, model: nn.Module, with_entropy: bool) -> nn.Module:
         """TRL's reference, whose own head gives no entropies, or one of ours where it has none."""
@@ -695,7 +738,15 @@ class SeamTrainer(VLLMTrainer):
             trust_remote_code=self.args.trust_remote_code,
         )
         add_head(reference)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+        return self._placed(reference)
+
+    def _placed(self, frozen: nn.Module) -> nn.Module:
+        """A model that only scores where TRL would have its reference: on the device, or in parts as the policy is."""
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(frozen, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(frozen, self.accelerator)
+        return self.accelerator.prepare_model(frozen, evaluation_mode=True)
 
     @contextlib.contextmanager
     def _capture(self, model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
@@ -717,6 +768,12 @@ class SeamTrainer(VLLMTrainer):
 def causal_of(model: nn.Module) -> nn.Module:
     """The causal language model in or below an adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight without gradient, of all ranks where FSDP2 has split it: then every rank must ask."""
+    weight = weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def keep_reference(model: PeftModel) -> None:

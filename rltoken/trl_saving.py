@@ -88,8 +88,8 @@ class WholeCheckpoints:
         """What a checkpoint keeps of this rank besides TRL's state: tensors and plain containers."""
         return {}
 
-    def restore_state(self, state: dict[str, Any], *, ranks: int) -> None:
-        """Restore what `checkpoint_state` gave on one of `ranks` ranks."""
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what `checkpoint_state` gave."""
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, with folders where TRL, for want of hub ids, writes None."""
@@ -252,7 +252,7 @@ class WholeCheckpoints:
         state = self._load(folder / (self._state_file if same else "rltoken_0.pt"))
         if same:
             self._put_back(state)
-        self.restore_state(state["extra"], ranks=ranks)
+        self.restore_state(state["extra"])
 
     def _put_back(self, state: Mapping[str, Any]) -> None:
         """Restore what `_left_out` gave on this rank."""

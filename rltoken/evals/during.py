@@ -137,8 +137,8 @@ class KeptEvaluations(TrainerCallback):
 @contextlib.contextmanager
 def generating(trainer: TokenGRPOTrainer, settings: Settings) -> Iterator[Generator]:
     """What samples from the model as it stands: the trainer's vLLM engine or server, or transformers."""
-    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    ends = ends_of(model.generation_config, tokenizer)
+    tokenizer = trainer.processing_class
+    ends = ends_of(trainer.accelerator.unwrap_model(trainer.model).generation_config, tokenizer)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     if trainer.serves_alone:
         with trainer.serving() as llm:
@@ -147,7 +147,8 @@ def generating(trainer: TokenGRPOTrainer, settings: Settings) -> Iterator[Genera
         trainer.hand_over()
         yield ServerGenerator(trainer.server_url, ends, patience=trainer.patience, **sampling)
     else:
-        yield TransformersGenerator(model, tokenizer, batch_size=settings.batch_size, **sampling)
+        with trainer.whole_weights() as model:
+            yield TransformersGenerator(model, tokenizer, batch_size=settings.batch_size, **sampling)
 
 
 def configured(cfg: DictConfig) -> dict[str, DictConfig]:

@@ -87,6 +87,8 @@ class Encoded:
 class TransformersGenerator:
     """A model that samples from the random state it is called in, `batch_size` contexts at a time, in their order.
 
+    It has all its weights here: processes sample each for itself, out of step.
+
     It holds the keys and values of its last call until the next, as much memory as that call needed, so that forcing
     answers at many budgets does not compute the thinking again. Models that do not cache every token do so.
     """
@@ -172,6 +174,7 @@ class TransformersGenerator:
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             generation_config=settings,
+            synced_gpus=False,
         )
         self.prefilled += map(len, contexts)
         cache = output.past_key_values
@@ -213,6 +216,7 @@ class TransformersGenerator:
             attention_mask=torch.tensor(mask, device=self._model.device),
             past_key_values=cache,
             generation_config=settings,
+            synced_gpus=False,
         )
         return output.sequences[:, width + longest :].tolist()
 

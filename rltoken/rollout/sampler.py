@@ -30,19 +30,20 @@ NO_CLASSES = (
 class PromptStream:
     """Prompts of a data set in an order of its own, shuffled anew each epoch, with a cursor that checkpoints keep.
 
-    Ranks draw disjoint prompts: rank r takes every `ranks`-th one, counted from r.
+    The cursor is the same on every rank. What they ask for in one call they get in rank order, so that the prompts of a
+    window do not depend on how many ranks there are.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int, rank: int, ranks: int) -> None:
-        self._dataset, self._seed, self._rank, self._ranks = dataset, seed, rank, ranks
+    def __init__(self, dataset: Dataset, *, seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
         self.cursor = 0
         self._epoch_order: tuple[int, Tensor] | None = None
 
-    def draw(self, n: int) -> list[dict[str, Any]]:
-        """The next `n` prompts of this rank."""
-        places = range(self.cursor * self._ranks + self._rank, (self.cursor + n) * self._ranks, self._ranks)
-        self.cursor += n
-        return [self._dataset[index] for index in self._indices(places)]
+    def draw(self, asked: Sequence[int], rank: int) -> list[dict[str, Any]]:
+        """The prompts of one rank, where rank r asks for `asked[r]` of them."""
+        start = self.cursor + sum(asked[:rank])
+        self.cursor += sum(asked)
+        return [self._dataset[index] for index in self._indices(range(start, start + asked[rank]))]
 
     def _indices(self, places: Sequence[int]) -> Iterator[int]:
         for place in places:
@@ -158,8 +159,7 @@ class TrainerSampler:
 
     def draw(self, n: int) -> list[dict[str, Any]]:
         """The next `n` prompts of the sampler's own stream."""
-        drawn = self.stream.draw(self.most(n))
-        return drawn[:n]
+        return self.stream.draw(self._of_all(n), self._trainer.accelerator.process_index)
 
     def total(self, rewards: Tensor) -> Tensor:
         """[n] weighted sum of [n, F] raw rewards; NaN where every function returned None."""
@@ -167,10 +167,14 @@ class TrainerSampler:
 
     def most(self, n: int) -> int:
         """The largest `n` over the ranks."""
+        return max(self._of_all(n))
+
+    def _of_all(self, n: int) -> list[int]:
+        """The `n` of each rank."""
         accelerator = self._trainer.accelerator
         if accelerator.num_processes == 1:
-            return n
-        return int(accelerator.gather(torch.tensor([n], device=accelerator.device)).max())
+            return [n]
+        return accelerator.gather(torch.tensor([n], device=accelerator.device)).tolist()
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:

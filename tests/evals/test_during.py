@@ -19,7 +19,6 @@ from rltoken.errors import UserError
 from rltoken.evals import during
 from rltoken.evals.metrics import summary
 from rltoken.evaluate import WHEN
-from rltoken.train import refuse_split_weights
 from rltoken.types import Template
 from tests.cli.conftest import cache, cli  # noqa: F401  (fixtures)
 from tests.resume.phases import PHASES, at_call, logged
@@ -195,15 +194,6 @@ def test_what_comes_out_is_told_in_a_line_for_each_benchmark():
 
 def test_runs_that_were_evaluated_differently_meanwhile_can_be_compared():
     assert WHEN.fullmatch("eval.during.limit") and not WHEN.fullmatch("eval.limit")
-
-
-@pytest.mark.parametrize(
-    ("splits", "vllm", "refused"), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_split_weights_need_vllm(splits, vllm, refused):
-    trainer = SimpleNamespace(splits_weights=splits, use_vllm=vllm)
-    with pytest.raises(UserError, match="set rollout=vllm_server") if refused else contextlib.nullcontext():
-        refuse_split_weights(trainer)
 
 
 def test_a_completion_that_the_engine_has_no_room_for_is_refused_before_training():

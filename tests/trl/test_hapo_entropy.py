@@ -126,6 +126,19 @@ def first_tokens(rollout, sampler):
     return dataclasses.replace(rollout, rows=rollout.rows + added)
 
 
+def test_a_model_whose_generate_was_set_before_has_it_back(run):
+    """transformers sets one under FSDP2, which gathers the weights that no layer has."""
+    trainer = run({}, max_steps=1).trainer
+    model, change = trainer.model, functools.partial(torch.neg)
+    with trainer.changing_logits(change):
+        assert "generate" in vars(model)
+    assert "generate" not in vars(model)
+    model.generate = before = model.generate
+    with trainer.changing_logits(change):
+        assert vars(model)["generate"] is not before
+    assert vars(model)["generate"] is before
+
+
 def test_entropies_of_added_rows_are_no_part_of_the_window(run):
     levels = []
 

@@ -396,3 +396,7 @@ def test_trying_a_stage_leaves_its_state_alone(run):
 def test_answers_need_a_function(run):
     with pytest.raises(UserError, match=r"reward\.classes: "):
         run({"shapes": {"vote": lambda answers, rewards: rewards}})
+
+
+def test_a_rank_that_has_nothing_to_decode_gets_nothing(run):
+    assert run({}, max_steps=1).trainer.decode([], []) == []

@@ -1,20 +1,24 @@
-"""Train on replayed rollouts and save the weights: started by test_two_ranks.py, alone or under torchrun."""
+"""Train on replayed rollouts and save what comes out: started by test_two_ranks.py, alone or by accelerate launch."""
 
 import functools
+import gc
 import hashlib
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from datasets import load_from_disk
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
 from rltoken.cli import leave_process_group
+from rltoken.config import register_schemas, to_grpo_config
 from rltoken.methods.brpo import brpo, budget_answers, thinking_only
 from rltoken.methods.budget_prompt import budget_prompt
 from rltoken.methods.campo import StagedLength, without_loops
-from rltoken.methods.dynamic_sampling import dynamic_sampling
 from rltoken.methods.entropy_advantage import entropy_advantage
 from rltoken.methods.entropy_bonus import entropy_bonus
 from rltoken.methods.entropy_covariance import clip_cov, high_covariance, kl_cov, unclipped
@@ -33,6 +37,8 @@ from rltoken.pipeline import build
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.trl_compat import gather_list
 from rltoken.types import Template
+from tests.cli.test_smoke import SHRUNK
+from tests.trl.on_cpu import sharded, stand_in
 from tests.trl.teachers import a_teacher
 
 
@@ -128,8 +134,44 @@ METHODS = {
         "controls": {"campo": StagedLength(stages=[[0, 6], [90, 12]], longest=12, clips=CLIPS, windows=1, rise=9.0)},
         "shapes": {"campo": without_loops},
     },
-    "dynamic": {"rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)}},
 }
+LOSSES = {"self_reward": "dr_grpo", "rows": "grpo", "brpo": "dr_grpo"}
+"""The loss of each of these methods that has another than DAPO's."""
+PACKED = 60
+"""Tokens of a pack on two ranks, where one rank packs nothing."""
+EXPS = Path(__file__).resolve().parents[2] / "conf" / "exp"
+SIZES = (
+    *("trainer.per_device_train_batch_size=8", "trainer.num_generations=4", "trainer.max_completion_length=12"),
+    *("trainer.max_steps=2", "trainer.num_train_epochs=1", "trainer.learning_rate=1e-2", "trainer.optim=sgd"),
+    *("trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0", "trainer.shuffle_dataset=false"),
+    *("trainer.save_strategy=no", "trainer.eval_strategy=no", "trainer.log_completions=false"),
+    *("trainer.gradient_accumulation_steps=1", "trainer.steps_per_generation=1", "trainer.bf16=false"),
+    *("trainer.gradient_checkpointing=false", "trainer.dataloader_pin_memory=false"),
+    *("rollout.max_thinking_tokens=8", "rollout.max_answer_tokens=3", "model.episodes.markers=['1','2','3']"),
+)
+"""Of two windows of 4 prompts x 4 generations, or one window of two steps where an exp iterates."""
+L1 = ("method.prompts.l1.least=2", "method.prompts.l1.most=8")
+LASER = ("lowest=2", "highest=8", "interval=1")
+OWN = {
+    "l1_exact": L1,
+    "l1_max": L1,
+    "laser": ["method.shapes.laser.target=4"],
+    "laser_d": [f"method.shapes.laser_d.{setting}" for setting in LASER],
+    "laser_de": [f"method.shapes.laser_de.{setting}" for setting in LASER],
+    "fast_math_r1": ["method.shapes.fast_math_r1.longest=8"],
+    "ttrl/extra_votes": ["method.rows.extra_votes.votes=5"],
+    "laser_self_reward": [
+        *("method.aux.self_reward.scale=5.0", "method.credits.self_reward.after=0"),
+        *("method.aux.self_reward.reference=-3.6", "method.credits.self_reward.reference=-3.6"),
+    ],
+    "kdrl/distillation": ["method.aux.kdrl.beta=0.5"],
+    "paper/brpo": ["method.rows.brpo.budgets=[2,4,8]", "eval.budgets=[2,4,8]"],
+    "paper/campo": ["method.controls.campo.stages=[[0,6],[1,12]]"],
+    "paper/think_prune": ["method.controls.think_prune.stages=[[0,12],[1,6]]"],
+    "paper/hbpo": ["method.prompts.hbpo.budgets=[2,4,6,8]"],
+    "ada_grpo": ["model.formats.direct=A", "model.formats.short=B"],
+}
+"""What an exp needs at the size of these rollouts."""
 
 
 APPENDED = 2
@@ -181,12 +223,13 @@ def arguments(out, rows, *, max_steps=2, **changes):
         max_completion_length=12,
         max_steps=max_steps,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not sharded(),
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         shuffle_dataset=False,
+        dataloader_pin_memory=False,
         **changes,
     )
 
@@ -195,30 +238,75 @@ class ReplayedWithEnds(SomeEnd, Replayed):
     """Some completions end, so that some are cut."""
 
 
-def main(model, data, out, rows, method, loss_type, pack_tokens):
-    """One window of 4 prompts x 4 generations used twice, four where a stage moves on, on any number of ranks."""
-    settings = {"learning_rate": 1e-2, "optim": "sgd", "loss_type": loss_type, "num_iterations": 2}
-    trainer = (ReplayedWithEnds if method == "self_reward" else Replayed)(
+def coarse_reward(completion_ids, **_):
+    """Right or wrong, so that now and then a whole group is."""
+    return [float(sum(i % 2 == 0 for i in ids) > len(ids) / 4) for ids in completion_ids]
+
+
+def of_method(name, out, rows):
+    """Arguments, method and reward of one of METHODS: one window used twice, four where a stage moves on."""
+    settings = {"learning_rate": 1e-2, "optim": "sgd", "loss_type": LOSSES.get(name, "dapo"), "num_iterations": 2}
+    return arguments(out, rows, max_steps=8 if name == "campo" else 2, **settings), METHODS[name], reward
+
+
+def of_exp(name, out, rows):
+    """Arguments, method and reward of one of conf/exp."""
+    asked = [*SHRUNK.get(name, []), *SIZES, *OWN.get(name, OWN.get(name.removeprefix("paper/"), []))]
+    asked += [f"trainer.per_device_train_batch_size={rows}", f"trainer.use_cpu={not sharded()}"]
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        cfg = compose("config", overrides=[f"+exp={name}", *asked])
+    args = to_grpo_config(cfg.trainer, output_dir=out + ".run", seed=cfg.seed)
+    method = instantiate(cfg.method, _convert_="object")
+    return args, method, coarse_reward if "dynamic_sampling" in cfg.method.rows else reward
+
+
+def trained(case, model, dataset, out, rows, packed):
+    """The trainer of a case, after training; statistics of a micro-batch, as TRL's entropy bonus, allow no packs."""
+    kind, _, name = case.partition("/")
+    args, method, graded = {"exp": of_exp, "stages": of_method}[kind](name, out, rows)
+    pipeline = build(method)
+    trainer = (ReplayedWithEnds if pipeline.needs("appended") or pipeline.needs("truncated") else Replayed)(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=reward,
-        args=arguments(out, rows, max_steps=8 if method == "campo" else 2, **settings),
-        train_dataset=load_from_disk(data),
+        reward_funcs=graded,
+        args=args,
+        train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(model),
-        pipeline=build(METHODS[method]),
+        pipeline=pipeline,
         template=Template(think_end_id=7, cut=(7,)),
-        pack_tokens=int(pack_tokens) or None,
+        pack_tokens=None if args.entropy_coef or args.top_entropy_quantile < 1 else packed,
         classes=classes,
         appended_id=APPENDED,
-        teacher=a_teacher(model),
+        teacher=a_teacher(model) if pipeline.needs("teacher_logps") else None,
     )
     trainer.train()
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    return trainer
+
+
+def found(trainer):
+    """Weights, state of stages and cursor of the prompt stream, as rank 0 has them."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     stages = gather_list([trainer.pipeline.state_dict()])[-1]  # of the last rank: alike on all of them
-    if trainer.accelerator.is_main_process:
-        numbers = {
-            f"{key}.{name}": torch.tensor(value) for key, state in stages.items() for name, value in state.items()
-        }
-        torch.save(weights | numbers, out)
+    numbers = {f"{key}.{name}": state[name] for key, state in stages.items() for name in state}
+    numbers["cursor"] = trainer.sampler.stream.cursor
+    return {name: value.float() for name, value in weights.items()}, numbers
+
+
+def main(model, data, out, rows, *cases):
+    """Train each case from the same start, on any number of ranks: stages/NAME of METHODS, or exp/NAME of conf/exp."""
+    stand_in()
+    register_schemas()
+    dataset = load_from_disk(data)
+    dataset = dataset.add_column("original_tokens", [4 + i % 5 for i in range(len(dataset))])
+    packed = PACKED if int(rows) < 16 and "zero" not in Path(out).stem else None
+    results = {}
+    for case in cases:
+        trainer = trained(case, model, dataset, out, rows, packed)
+        results[case] = found(trainer)
+        rank = trainer.accelerator.process_index
+        del trainer
+        gc.collect()
+    if rank == 0:
+        torch.save(results, out)
 
 
 if __name__ == "__main__":
