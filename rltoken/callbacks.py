@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from rltoken.errors import first_line
 from rltoken.preemption import Notice, signals
 from rltoken.report import read_metrics
+
+logger = logging.getLogger(__name__)
 
 SHOWN = {"reward": "reward", "rewards/accuracy/mean": "accuracy", "thinking_tokens": "thinking tokens"}
 EVALUATED = {
@@ -151,6 +156,35 @@ class ProgressLine(TrainerCallback):
         done = state.global_step - self._first
         seconds = (time.monotonic() - self._started) / max(1, done) * (state.max_steps - state.global_step)
         return time.strftime("%H:%M:%S", time.gmtime(seconds))
+
+
+def tolerate(tracker: TrainerCallback) -> None:
+    """Let what a tracker raises be told once; from then on it is left out, and the run goes on.
+
+    metrics.jsonl has everything that it would have got.
+    """
+    down: list[BaseException] = []
+
+    def tolerant(work: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(work)
+        def called(*args: Any, **kwargs: Any) -> None:
+            if down:
+                return
+            try:
+                work(*args, **kwargs)
+            except Exception as error:
+                down.append(error)
+                logger.warning(
+                    "The tracker %s failed (%s: %s): the run goes on without it, and metrics.jsonl has everything.",
+                    type(tracker).__name__,
+                    type(error).__name__,
+                    first_line(error),
+                )
+
+        return called
+
+    for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+        setattr(tracker, event, tolerant(getattr(tracker, event)))
 
 
 class StopWhenAsked(TrainerCallback):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltoken import config, runs
-from rltoken.errors import UserError, first_line, nearest
+from rltoken.errors import SharedError, UserError, first_line, nearest
 from rltoken.preemption import EXIT_CODE, Preempted
 
 CONFIG_MODULE = "rltoken.conf"
@@ -99,7 +99,7 @@ def attempt(work: Callable[[], None]) -> None:
         STATUSES.append(2 if mendable else 1)
         if mendable is None:
             traceback.print_exc()
-        else:
+        elif runs.is_main_process() or not isinstance(mendable, SharedError):
             print(f"error: {mendable}", file=sys.stderr)
 
 

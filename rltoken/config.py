@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from rltoken import confidential
 from rltoken.errors import UserError, first_line, nearest
 from rltoken.ranges import Range
 
@@ -50,9 +51,12 @@ OWNED = {
     "per_device_eval_batch_size": "eval.batch_size",
 }
 """Fields of GRPOConfig that other keys of the configuration decide."""
+OWN = {"max_hours": (Optional[float], None), "max_skipped_steps": (int, 5)}  # noqa: UP045  (OmegaConf needs the old form)
+"""Fields of the section `trainer` that are not TRL's: type and default."""
 AT_LEAST = {
     "max_completion_length": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_iterations": 1,
-    "num_generations": 2, "learning_rate": 0, "beta": 0, "epsilon": 0, "top_k": 0,
+    "num_generations": 2, "learning_rate": 0, "beta": 0, "epsilon": 0, "top_k": 0, "max_skipped_steps": 1,
+    "ddp_timeout": 1,
 }  # fmt: skip
 """The smallest value that makes sense, where TRL takes any."""
 AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsilon_high": 0}
@@ -135,17 +139,17 @@ class RolloutSchema:
 
 
 def register_schemas() -> None:
-    """Tell Hydra the types of `eval`, `rollout`, `trainer` (TRL's GRPOConfig and `max_hours`) and `sft`."""
+    """Tell Hydra the types of `eval`, `rollout`, `trainer` (TRL's GRPOConfig and `OWN`) and `sft`."""
     for group in ("eval", "rollout", "trainer", "sft"):
         ConfigStore.instance().store(group=group, name="schema", node=SCHEMAS[group]())
 
 
 def trainer_schema() -> type:
-    """A dataclass with `max_hours` and GRPOConfig's fields, in types that OmegaConf can check (unions become Any)."""
+    """A dataclass with `OWN` and GRPOConfig's fields, in types that OmegaConf can check (unions become Any)."""
     from trl import GRPOConfig
 
-    hours = ("max_hours", Optional[float], _field(None))  # noqa: UP045  (OmegaConf needs the old form)
-    return dataclasses.make_dataclass("GRPOConfigSchema", [*_fields_of(GRPOConfig), hours])
+    own = [(name, annotation, _field(default)) for name, (annotation, default) in OWN.items()]
+    return dataclasses.make_dataclass("GRPOConfigSchema", [*_fields_of(GRPOConfig), *own])
 
 
 def supervised_schema() -> type:
@@ -192,7 +196,7 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
 
     settings, gpu = _on_this_machine(trainer)
     _check_values(settings)
-    del settings["max_hours"]
+    settings = {key: value for key, value in settings.items() if key not in OWN}
     _check_machine(settings, gpu, "trainer")
     check_vllm(settings, gpu)
     batch, world = settings["per_device_train_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
@@ -447,6 +451,7 @@ def check_values(cfg: DictConfig) -> None:
     from rltoken.adapters import check_quantization
     from rltoken.evals import formats
 
+    confidential.refuse(cfg)
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}

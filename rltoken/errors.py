@@ -21,6 +21,10 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises at the same point, so that rank 0 alone tells it."""
+
+
 class SamplerLost(UserError):
     """A server that a run needs is gone or stands still; the run saves its last step and leaves."""
 

@@ -23,7 +23,9 @@ from rltoken.errors import UserError
 
 SHAPING = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "math-verify", "sympy")
 """Packages of which another version may compute other numbers from the same state."""
-FREE = ("name", "runs_dir", "resume", "on_change", "trainer.max_hours", "trainer.save_total_limit", "reward.workers")
+WHEN_TO_END = ("trainer.max_hours", "trainer.max_skipped_steps", "trainer.ddp_timeout")
+"""Settings of when a run leaves unfinished: the next start may have others."""
+FREE = ("name", "runs_dir", "resume", "on_change", *WHEN_TO_END, "trainer.save_total_limit", "reward.workers")
 """Settings on which no number depends."""
 LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 """Endings of the files that a model and its tokenizer are loaded from."""

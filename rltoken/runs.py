@@ -22,15 +22,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken import __version__, identity
+from rltoken import __version__, identity, logs
 from rltoken import resume as checkpoints
 from rltoken.errors import UserError
 
-UNNAMED = ("exp", "scale", "seed", "name", "runs_dir", "resume", "on_change", "trainer.max_hours")
+UNNAMED = ("exp", "scale", "seed", "name", "runs_dir", "resume", "on_change", *identity.WHEN_TO_END)
 """Overrides that do not go into a default name as such: the same command goes on in the same run."""
 RUN_ID = "run_id.txt"
 """What tells the run's own checkpoints from those of others, wherever its directory is moved."""
-NOTES = {"config.yaml", "command.txt", "versions.json", RUN_ID}
+NOTES = {"config.yaml", "command.txt", "versions.json", RUN_ID, logs.FOLDER}
 """What a run writes before it loads anything."""
 TRACEBACKS = "traceback*.txt"
 """One of each rank that ended with an error."""

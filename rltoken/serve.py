@@ -6,6 +6,8 @@ it becomes, and serves until it is interrupted. More options of vLLM: +rollout.s
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import os
 import shlex
@@ -17,7 +19,7 @@ from urllib.parse import urlparse
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from rltoken import adapters, cli, config
+from rltoken import adapters, cli, confidential, config
 from rltoken.errors import UserError
 
 EXTENSION = "rltoken.rollout.vllm_worker.Fingerprinted"
@@ -46,6 +48,7 @@ def serve(cfg: DictConfig) -> None:
     adapters.settle(cfg)
     config.check_keys(cfg)
     OmegaConf.resolve(cfg)
+    confidential.refuse(cfg)
     cfg.trainer.use_vllm = True
     args = config.to_grpo_config(cfg.trainer, output_dir=cfg.runs_dir, seed=cfg.seed)
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else models.torch_dtype(cfg.model.dtype)
@@ -53,6 +56,8 @@ def serve(cfg: DictConfig) -> None:
     path = parts.source(cfg.model)
     path = parts.base_of(cfg.model, path) if adapters.is_adapter(path) else path
     command = [sys.executable, *arguments(cfg, path, str(dtype).removeprefix("torch."), on_cpu)]
+    if warning := exposed(str(urlparse(url_of(cfg.trainer)).hostname)):
+        print(warning, file=sys.stderr)
     print(shlex.join(command), file=sys.stderr, flush=True)
     os.execve(command[0], command, environment(on_cpu))
 
@@ -118,6 +123,19 @@ def url_of(trainer: DictConfig) -> str:
             "trainer.vllm_server_host and trainer.vllm_server_port."
         )
     return found.rstrip("/")
+
+
+def exposed(host: str) -> str | None:
+    """What to say of an address that other machines reach; None of a loopback one."""
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_loopback:
+            return None
+    if host == "localhost":
+        return None
+    return (
+        f"warning: whoever reaches {host} can sample from this server and replace its weights: it asks nobody who they "
+        "are. Keep it in a private network (docs/security.md)."
+    )
 
 
 def environment(on_cpu: bool) -> dict[str, str]:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from rltoken import adapters, config, merge, models, parts, runs
+from rltoken import adapters, config, merge, models, parts, ranks, runs
 from rltoken.callbacks import SUPERVISED, MetricsFile, ProgressLine, StopWhenAsked
 from rltoken.errors import UserError
 
@@ -84,7 +84,7 @@ def start(cfg: DictConfig, run: Path, lora: LoraConfig | None, notice: Notice) -
 
 def _train(cfg: DictConfig, run: Path, args: SFTConfig, lora: LoraConfig | None, notice: Notice, final: Path) -> None:
     from rltoken.cli import leave_terminal_to_us
-    from rltoken.train import drop_printing_callbacks, from_first_rank, saved
+    from rltoken.train import from_first_rank, saved, settle_callbacks
     from rltoken.trl_saving import SupervisedTrainer
 
     leave_terminal_to_us()
@@ -104,7 +104,9 @@ def _train(cfg: DictConfig, run: Path, args: SFTConfig, lora: LoraConfig | None,
             callbacks=[MetricsFile(final.parent / "metrics.jsonl"), progress, StopWhenAsked(notice)],
         )
         trainer.on_change, trainer.record = cfg.on_change, runs.record(run, cfg)
-        drop_printing_callbacks(trainer)
+        trainer.max_skipped_steps = cfg.trainer.max_skipped_steps
+        settle_callbacks(trainer)
+        ranks.refuse_other_data(trainer.belongings)
         with notice.steps(lambda: f"in the supervised stage {saved(final.parent, trainer.state)}"):
             trainer.train(resume_from_checkpoint=from_first_rank(found))
     _publish(trainer, cfg, final)

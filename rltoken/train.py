@@ -28,9 +28,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rltoken import adapters, cli, config, launching, preemption, runs
-from rltoken.errors import UserError
+from rltoken import adapters, cli, config, launching, logs, preemption, runs
+from rltoken.errors import SharedError, UserError
 from rltoken.resume import disk_errors_told
+from rltoken.watch import watched
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,7 +114,7 @@ def run(cfg: DictConfig, folder: Path) -> None:
         UserError: whatever the user can mend.
         Preempted: SIGTERM or SIGUSR1 came, or trainer.max_hours are over.
     """
-    from rltoken import report
+    from rltoken import ranks, report
     from rltoken.evals.during import configured
 
     if cfg.resume == "auto" and (done := runs.finished(folder, cfg)):
@@ -124,9 +125,13 @@ def run(cfg: DictConfig, folder: Path) -> None:
         return
     pipeline, args, lora = checked(cfg, folder)
     during = configured(cfg)
-    with runs.alone(folder):
-        checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
-        runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
+    ranks.refuse_differences(ranks.facts(cfg))
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            held.enter_context(runs.alone(folder))
+            checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
+            runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
+        held.enter_context(logs.kept(folder))
         train(cfg, folder, pipeline, args, lora, during, checkpoint)
 
 
@@ -153,8 +158,11 @@ def train(
     from rltoken import supervised
     from rltoken.callbacks import ProgressLine, StopWhenAsked
     from rltoken.evals.during import Evaluation
+    from rltoken.faults import broken_weights_told, memory_told
 
     with (
+        watched(folder, args.ddp_timeout) as watch,
+        memory_told(lambda: watch.step()),
         disk_errors_told(folder),
         _traceback_kept(folder),
         preemption.noticed(cfg.trainer.max_hours) as notice,
@@ -167,10 +175,12 @@ def train(
             between = Evaluation(during, folder, progress.paused) if during else None
             trainer, evaluation = assemble(cfg, folder, pipeline, args, lora, callbacks, between, begun)
         except (UserError, InstantiationException) as error:
-            if UserError in (type(error), type(error.__cause__)):
+            if {UserError, SharedError} & {type(error), type(error.__cause__)}:
                 runs.discard(folder)
             raise
         at_the_end.callback(trainer.close)
+        watch.step = lambda: trainer.state.global_step + 1 if trainer.is_in_train else 0
+        at_the_end.enter_context(broken_weights_told(trainer.model, watch.step))
         checkpoint = from_first_rank(checkpoint)
         args.eval_on_start &= checkpoint is None  # the start was evaluated when there was one
         with notice.sampler_kept():
@@ -243,7 +253,7 @@ def assemble(
     Raises:
         UserError: something cannot be loaded, or not be evaluated as it is sampled.
     """
-    from rltoken import parts
+    from rltoken import parts, ranks
     from rltoken.callbacks import MetricsFile
     from rltoken.evals.during import KeptEvaluations
     from rltoken.trainer import TokenGRPOTrainer
@@ -270,10 +280,12 @@ def assemble(
         teacher=teacher,
         classes=classes,
         on_change=cfg.on_change,
+        max_skipped_steps=cfg.trainer.max_skipped_steps,
         evaluation=between,
         record=runs.record(folder, cfg),
     )
-    drop_printing_callbacks(trainer)
+    settle_callbacks(trainer)
+    ranks.refuse_other_data(trainer.belongings)
     problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
@@ -314,12 +326,18 @@ def refuse_unserved(cfg: DictConfig, args: Any, path: str) -> None:
         vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
 
 
-def drop_printing_callbacks(trainer: Any) -> None:
-    """Leave the terminal to the progress line."""
+def settle_callbacks(trainer: Any) -> None:
+    """Leave the terminal to the progress line, and let no tracker that is down end the run."""
     from transformers import PrinterCallback, ProgressCallback
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    from rltoken.callbacks import tolerate
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback) in INTEGRATION_TO_CALLBACK.values():
+            tolerate(callback)
 
 
 def evaluated(

@@ -64,6 +64,7 @@ class TokenGRPOTrainer(SeamTrainer):
         classes: (texts, group numbers) -> which final answers of a group are one and the same, as
             `rltoken.rewards.math.classes`; needed by stages that name `answers`.
         on_change: 'refuse' or 'accept' to go on from a checkpoint of other data or another number of processes.
+        max_skipped_steps: optimizer steps in a row without a finite loss and gradient, which are skipped, that end it.
         evaluation: what `evaluate` measures in place of TRL's evaluation loop, as NAME -> number; called on every rank.
         record: what else checkpoints are to say of whom they belong to (`rltoken.identity.changed`).
 
@@ -86,6 +87,7 @@ class TokenGRPOTrainer(SeamTrainer):
         teacher: Teacher | None = None,
         classes: Callable[[Sequence[str], Sequence[int]], list[int]] | None = None,
         on_change: str = "refuse",
+        max_skipped_steps: int = SeamTrainer.max_skipped_steps,
         evaluation: Callable[[TokenGRPOTrainer], dict[str, float]] | None = None,
         record: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -94,7 +96,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self.template, self.batch_rows, self.normaliser = template, batch_rows, normaliser
         self.patience, self.appended_id, self.teacher = patience, appended_id, teacher
         self.classes, self.on_change, self.record = classes, on_change, record or {}
-        self.evaluation = evaluation
+        self.evaluation, self.max_skipped_steps = evaluation, max_skipped_steps
         self._rng: torch.Generator | None = None
         self._windows = 0
         self._thinking_ends: tuple[int, ...] = ()
@@ -654,7 +656,7 @@ class TokenGRPOTrainer(SeamTrainer):
     def checkpoint_state(self) -> dict[str, Any]:
         """Stage state, the prompt stream's cursor, and what control stages have set and know of the last window."""
         last = dataclasses.asdict(self._last_window) if self._last_window else None
-        return {
+        return super().checkpoint_state() | {
             "stages": self.pipeline.state_dict(),
             "cursor": self.sampler.stream.cursor,
             "last_window": last,
@@ -664,6 +666,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Restore what `checkpoint_state` gave."""
+        super().restore_state(state)
         self.pipeline.load_state_dict(state["stages"], on_change=self.on_change)
         self.sampler.stream.cursor = state["cursor"]
         self.epsilon_low, self.epsilon_high = state["clip"]

@@ -1,4 +1,4 @@
-"""With `trl_vllm` and `trl_saving` the only modules that touch a private name of TRL or of transformers' Trainer.
+"""With `trl_vllm`, `trl_saving` and `trl_steps` all that touches a private name of TRL or of transformers' Trainer.
 
 `SeamTrainer` is GRPOTrainer with its private seams under public names: what a subclass overrides (`make_window`,
 `step_loss`, `score`, `checkpoint_state`, `restore_state`) and what it calls (`stock_window`, `stock_loss`, `sample`,

@@ -32,6 +32,7 @@ from trl.trainer.utils import RepeatSampler
 
 from rltoken import identity, resume, rng
 from rltoken.errors import UserError, first_line
+from rltoken.trl_steps import FiniteSteps
 
 # With several processes on CPUs transformers loads the optimizer to "cpu:0", a place that torch does not know.
 torch.serialization.register_package(
@@ -150,7 +151,7 @@ class WholeCheckpoints:
                     scratch,
                     step=self.state.global_step,
                     processes=self.accelerator.num_processes,
-                    **facts | self._belongings | self.record,
+                    **facts | self.belongings | self.record,
                 )
                 resume.publish(scratch, final)
                 best = self.state.best_model_checkpoint
@@ -243,7 +244,7 @@ class WholeCheckpoints:
             self.state.best_model_checkpoint = str(best)
         if not (folder / resume.MANIFEST).exists():  # a checkpoint of plain TRL
             return
-        manifest, now = resume.read_manifest(folder), dict(self._belongings)
+        manifest, now = resume.read_manifest(folder), dict(self.belongings)
         if self.on_change == "refuse":  # else it was told when the checkpoint was chosen
             now["processes"] = self.accelerator.num_processes
         identity.accept_or_refuse(str(folder), identity.changed(manifest, now), self.on_change)
@@ -284,7 +285,7 @@ class WholeCheckpoints:
         return []
 
     @functools.cached_property
-    def _belongings(self) -> dict[str, str | None]:
+    def belongings(self) -> dict[str, str | None]:
         """Digests of what a checkpoint does not hold: the data, and weights that are not trained."""
         apart = self.eval_dataset
         data = {"data": [self.train_dataset], "eval_data": [*apart.values()] if isinstance(apart, dict) else [apart]}
@@ -309,8 +310,8 @@ class WholeCheckpoints:
         return digest.hexdigest()
 
 
-class SavingTrainer(WholeCheckpoints, GRPOTrainer):
-    """GRPOTrainer whose checkpoints are whole or absent and resume exactly."""
+class SavingTrainer(FiniteSteps, WholeCheckpoints, GRPOTrainer):
+    """GRPOTrainer whose checkpoints are whole or absent and resume exactly, and whose steps are finite."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._order: Any = None
@@ -365,8 +366,8 @@ class SavingTrainer(WholeCheckpoints, GRPOTrainer):
         return [self.accelerator.unwrap_model(self.ref_model)]
 
 
-class SupervisedTrainer(WholeCheckpoints, SFTTrainer):
-    """SFTTrainer whose checkpoints are whole or absent and resume exactly."""
+class SupervisedTrainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
+    """SFTTrainer whose checkpoints are whole or absent and resume exactly, and whose steps are finite."""
 
     def _sums_since_the_last_log(self) -> dict[str, Any]:
         return super()._sums_since_the_last_log() | {"tokens": self._total_train_tokens}

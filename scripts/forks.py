@@ -54,8 +54,15 @@ def forked(work: Callable[[], Any], folder: Path, environment: Mapping[str, str]
         os._exit(status)
 
 
-def run(work: Callable[[], Any], folder: Path, ranks: int, seconds: float = math.inf) -> list[int]:
+def run(work: Callable[[], Any], folder: Path, ranks: int, seconds: float = math.inf, grace: float = 0.0) -> list[int]:
     """Call `work` in so many processes of one group and wait; all are killed when one fails or the time is over.
+
+    Args:
+        work: what each of them does.
+        folder: their working directory.
+        ranks: how many there are.
+        seconds: the time.
+        grace: seconds that the others have to end by themselves once one has failed.
 
     Returns:
         The exit statuses, negative where a signal ended the process.
@@ -68,7 +75,9 @@ def run(work: Callable[[], Any], folder: Path, ranks: int, seconds: float = math
     statuses: dict[int, int] = {}
     while len(statuses) < ranks:
         left = [pid for pid in pids if pid not in statuses]
-        over = time.monotonic() > deadline or any(statuses.values())
+        if any(statuses.values()):
+            deadline, grace = min(deadline, time.monotonic() + grace), math.inf
+        over = time.monotonic() > deadline
         for pid in left if over else ():
             os.kill(pid, signal.SIGKILL)
         for pid in left:

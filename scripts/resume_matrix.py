@@ -5,6 +5,7 @@
     python scripts/resume_matrix.py --cells 'brpo.*lora' # cells whose name holds the pattern
     python scripts/resume_matrix.py --limit 4            # a few cells, every method among them
     python scripts/resume_matrix.py --kills 100          # kills at random moments instead of chosen ones
+    python scripts/resume_matrix.py --kills 10 --method brpo --ranks 4 trainer.max_steps=50
 
 A cell is a short run on the CPU that saves at every step. One goes through; its twin gets SIGKILL at one point and is
 started again with resume=auto; then everything that they left is compared (scripts/compare_runs.py says what). The
@@ -420,7 +421,8 @@ def kill_often(options: argparse.Namespace) -> bool:
     """
     moments, lost = Counter(), 0
     for number in itertools.count():
-        method, ranks = METHODS[number % len(METHODS)], 1 + (number + number // len(METHODS)) % 2
+        method = options.method or METHODS[number % len(METHODS)]
+        ranks = options.ranks or 1 + (number + number // len(METHODS)) % 2
         extra = (*LONG, f"seed={options.seed + number}", *options.override)
         cell = Cell(method, 4, 2, ranks, lora=False, evaluation=True, logging=1, kill=f"run {number}", extra=extra)
         draw = random.Random(f"{options.seed} {number}")
@@ -428,7 +430,7 @@ def kill_often(options: argparse.Namespace) -> bool:
         work = functools.partial(survive, cell, folder / "runs", draw, left)
         ((_, (found, most)),) = in_processes({"run": work}, folder, jobs=1)
         moments, lost = moments + Counter(found), max(lost, most)
-        processes = "one process" if ranks == 1 else "two processes"
+        processes = {1: "one process", 2: "two processes"}.get(ranks, f"{ranks} processes")
         print(
             f"{moments.total()}/{options.kills}: {method}, {processes}, {sum(found.values())} kills, identical",
             flush=True,
@@ -448,6 +450,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first so many cells")
     parser.add_argument("--quick", action="store_true", help="leave out stock TRL and the check of forks")
     parser.add_argument("--kills", type=int, help="instead of the matrix: so many kills at random moments")
+    parser.add_argument("--method", choices=METHODS, help="with --kills: this one alone")
+    parser.add_argument("--ranks", type=int, help="with --kills: always so many processes, all of them killed together")
     parser.add_argument("--out", type=Path, help="new folder for runs that differ (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, help="draws the kills; with --kills the first run's seed too")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")

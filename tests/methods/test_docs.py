@@ -23,7 +23,9 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
 SUPERVISED, ADA_GRPO = ROOT / "docs/supervised.md", ROOT / "docs/methods/ada_grpo.md"
 MEASURED = ROOT / "docs/measured.md"
+FAULTS, SECURITY = ROOT / "docs/faults.md", ROOT / "docs/security.md"
 DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, ADA_GRPO, MEASURED]
+DOCUMENTS += [FAULTS, SECURITY]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 

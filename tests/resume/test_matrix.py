@@ -142,6 +142,20 @@ def test_processes_end_together(script, tmp_path, capfd):
     assert forks.run(lambda: None, tmp_path / "well", 1) == [0]
 
 
+def test_the_other_processes_have_so_long_to_end_by_themselves(script, tmp_path, capfd):
+    forks = script("forks")
+
+    def fail(seconds):
+        """One fails at once, the other ends by itself after so long."""
+        if os.environ["RANK"] == "0":
+            os._exit(3)
+        time.sleep(seconds)
+
+    with capfd.disabled():
+        assert forks.run(lambda: fail(0.5), tmp_path / "in_time", 2, grace=30) == [3, 0]
+        assert forks.run(lambda: fail(60), tmp_path / "late", 2, grace=0.3) == [3, -signal.SIGKILL]
+
+
 def test_every_method_goes_on_exactly(tmp_path):
     chosen = ["--cells", f"^({'|'.join(SLIM)})$", "--quick", "--out", tmp_path / "out", "model.source.steps=100"]
     done = subprocess.run(
@@ -153,3 +167,19 @@ def test_every_method_goes_on_exactly(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert f"{len(SLIM)} of {len(SLIM)} cells are identical" in done.stdout
+
+
+@pytest.mark.slow
+def test_four_processes_survive_random_kills_of_all_of_them(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts/resume_matrix.py", "--kills", "10", "--method", "brpo", "--ranks", "4"),
+            *("--out", tmp_path / "out", "trainer.max_steps=50"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RLTOKEN_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "10/10: brpo, 4 processes, " in done.stdout

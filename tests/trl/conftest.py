@@ -17,7 +17,16 @@ from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import World
 from rltoken.trainer import TokenGRPOTrainer
 
-OPTIONS = ("pack_tokens", "packing", "normaliser", "on_change", "classes", "appended_id", "teacher")
+OPTIONS = (
+    "pack_tokens",
+    "packing",
+    "normaliser",
+    "on_change",
+    "classes",
+    "appended_id",
+    "teacher",
+    "max_skipped_steps",
+)
 """What `run` hands to TokenGRPOTrainer itself."""
 WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 

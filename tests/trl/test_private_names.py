@@ -42,6 +42,7 @@ SIGNATURES = {
     "_run_epoch": "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
     "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)",
     "compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
+    "_get_grad_norm": "(self, model, grad_norm)",
 }
 GENERATE_RETURNS = (
     "prompt_ids",
@@ -146,6 +147,13 @@ def test_what_saving_relies_on():
     assert "save_total_limit=self.args.save_total_limit" in source, "no limit, nothing removed"
 
 
+def test_what_skipping_a_step_relies_on():
+    source = inspect.getsource(Trainer._run_epoch)
+    norm, step = source.index("self._get_grad_norm(model"), source.index("self.optimizer.step()")
+    assert source.count("self._get_grad_norm(") == source.count("self.optimizer.step()") == 1 and norm < step
+    assert "if do_sync_step:" in source[:norm], "once for each optimizer step"
+
+
 def test_what_makes_a_head_no_plain_linear_map():
     source = inspect.getsource(add_fused_lm_head)
     found = set(re.findall(r'getattr\(text_config, "(\w+)"', source)) - {"output_router_logits", "router_aux_loss_coef"}
@@ -190,11 +198,12 @@ def test_the_subclass_hides_no_new_name():
     from rltoken.trainer import TokenGRPOTrainer
     from rltoken.trl_compat import SeamTrainer
     from rltoken.trl_saving import SavingTrainer, WholeCheckpoints
+    from rltoken.trl_steps import FiniteSteps
     from rltoken.trl_vllm import VLLMTrainer
 
     ours = {
         name
-        for cls in (WholeCheckpoints, SavingTrainer, VLLMTrainer, SeamTrainer, TokenGRPOTrainer)
+        for cls in (FiniteSteps, WholeCheckpoints, SavingTrainer, VLLMTrainer, SeamTrainer, TokenGRPOTrainer)
         for name in vars(cls)
         if not name.startswith("__")
     }
@@ -203,21 +212,27 @@ def test_the_subclass_hides_no_new_name():
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
         "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "_run_epoch", "_save", "compute_loss",
-        "evaluate", "create_model_card",
+        "evaluate", "create_model_card", "_get_grad_norm",
     }  # fmt: skip
     assert ours & theirs == seams
 
 
 SUPERVISED_SEAMS = {
     "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_output_dir", "_push_from_checkpoint",
-    "_issue_warnings_after_load", "_run_epoch", "create_model_card",
+    "_issue_warnings_after_load", "_run_epoch", "create_model_card", "compute_loss", "_get_grad_norm",
 }  # fmt: skip
 
 
 def test_the_supervised_trainer_hides_no_new_name():
     from rltoken.trl_saving import SupervisedTrainer, WholeCheckpoints
+    from rltoken.trl_steps import FiniteSteps
 
-    ours = {name for cls in (WholeCheckpoints, SupervisedTrainer) for name in vars(cls) if not name.startswith("__")}
+    ours = {
+        name
+        for cls in (FiniteSteps, WholeCheckpoints, SupervisedTrainer)
+        for name in vars(cls)
+        if not name.startswith("__")
+    }
     assert ours & {name for cls in SFTTrainer.__mro__ for name in vars(cls)} == SUPERVISED_SEAMS
     for name in SUPERVISED_SEAMS & SIGNATURES.keys():
         assert parameters(getattr(SFTTrainer, name)) == SIGNATURES[name], f"TRL changed the parameters of {name}"
