@@ -64,9 +64,8 @@ AT_LEAST_OR_NULL = {"steps_per_generation": 1, "generation_batch_size": 1, "epsi
 PLAIN = (bool, int, float, str)
 READ = {
     "model": (
-        "source", "think_end", "appended", "forced", "episodes", "formats", "dtype", "attn_implementation",
-        "trust_remote_code",
-        "lora", "adapter", "quantization",
+        "source", "think_end", "appended", "forced", "episodes", "formats", "structures", "dtype",
+        "attn_implementation", "trust_remote_code", "lora", "adapter", "quantization",
     ),
     "model.forced": ("ellipsis", "header", "stops"),
     "model.episodes": ("separator", "markers"),

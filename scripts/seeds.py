@@ -5,13 +5,15 @@
     python scripts/seeds.py runs/*-s* --picture curves.png
     python scripts/seeds.py runs/*-s* --level 0.9       after how many steps rollouts are right nine times in ten
     python scripts/seeds.py runs/grpo-s* ev/short ev/long    runs, and runs as rltoken.evaluate asked them otherwise
+    python scripts/seeds.py --evaluations evaluations/*  the same runs, by rltoken.evaluate in several ways
 
 Runs that differ in nothing but their seeds are one setting. Each run's numbers are means over one fixed problem set;
 intervals are Student's t over the seeds (95 %), of the paired differences where two things are compared. Run folders
 without a report are left out, and said to be. A folder of rltoken.evaluate stands for the runs that it evaluated: its
 name, and what came out, in the place of `after`; it may differ from the others in `eval.prompts` alone.
 
-While training: the accuracy of all rollouts of the run, and the entropy of the last five windows, both as logged. The
+While training: the accuracy of all rollouts of the run, and the entropy of the last five windows, both as logged; of
+runs with formats (docs/methods/ada_grpo.md) the shares of these in the last five windows, and the largest of them. The
 level is reached at the first optimizer step at which the mean of five windows has it. A run that never does counts with
 its last step, which understates differences; how many these are stands beside it.
 """
@@ -56,12 +58,20 @@ AGAINST = (
     ("self_reward_auroc", "mean_logp_auroc"),
 )
 """Numbers of one evaluation that are compared with each other."""
-TRAINING = {"rollout_accuracy": ".3f", "entropy": ".3f", "steps_to_level": ".1f"}
-FORMS = METRICS | TRAINING
+FORMATS = tuple(f"format/{name}" for name in ("direct", "short", "code", "long", "broken"))
+TRAINING = {
+    "rollout_accuracy": ".3f",
+    "entropy": ".3f",
+    **dict.fromkeys((*FORMATS, "largest_format"), ".3f"),
+    "steps_to_level": ".1f",
+}
+EVALUATION = {"accuracy": ".3f", "sampled_tokens": ".1f"}
+"""What is shown of an evaluation; tokens are all that were sampled for one answer, forced answers included."""
+FORMS = METRICS | TRAINING | EVALUATION
 SMOOTHED = 5
 """Windows whose mean is looked at while training: the accuracy of one is that of a few dozen completions."""
 SEEDS = {"seed", "model.seed", "model.source.seed"}
-PHASES = {"after": "after training", "training": "while training"}
+PHASES = {"after": "after training", "training": "while training", "evaluation": "evaluated in several ways"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""
 FREE = ("eval.before", "eval.after", "eval.during.", "eval.prompts")
@@ -147,6 +157,9 @@ def while_training(folder, level):
         "rollout_accuracy": fmean(accuracy),
         "entropy": fmean(line["entropy"] for line in lines[-SMOOTHED:]),
     }
+    if logged := [name for name in FORMATS if name in lines[-1]]:
+        found |= {name: fmean(line[name] for line in lines[-SMOOTHED:]) for name in logged}
+        found["largest_format"] = max(found[name] for name in logged)
     if level is None:
         return found
     smooth = [fmean(accuracy[end - SMOOTHED : end]) for end in range(SMOOTHED, len(accuracy) + 1)]
@@ -158,6 +171,43 @@ def difference(after, before, form):
     """The mean paired difference with its interval."""
     found = paired_interval(after, before)
     return f"{found.mean:+{form}} ± {found.half_width:{form}}"
+
+
+def read_evaluations(folders):
+    """Folder's name -> model -> its accuracy and tokens, in the shape of what `read` gives of runs.
+
+    Raises:
+        SystemExit: a folder is no finished evaluation, or holds other models than the one before it.
+    """
+    found = {}
+    for folder in folders:
+        if not (folder / "metrics.json").is_file():
+            sys.exit(f"{folder}: it has no metrics.json, so it is no finished evaluation")
+        results = json.loads((folder / "metrics.json").read_text())
+        found[folder.name] = {
+            name: {
+                "evaluation": {
+                    "accuracy": numbers["accuracy"],
+                    "sampled_tokens": results["tokens"][name]["sampled"] / numbers["samples"],
+                }
+            }
+            for name, numbers in results["models"].items()
+        }
+        if found[folder.name].keys() != next(iter(found.values())).keys():
+            sys.exit(f"{folder}: its models are not those of {folders[0]}; evaluate the same runs in each way")
+    return found
+
+
+def each_evaluation(found):
+    """Every way in which the same models were evaluated."""
+    table = Table(title="evaluated in several ways; ± is the half width of the 95 % t interval over models")
+    for column in ("evaluation", "models", *EVALUATION):
+        table.add_column(column.replace("_", " "), justify="left" if column == "evaluation" else "right")
+    for label, models in found.items():
+        values = [[model["evaluation"][metric] for model in models.values()] for metric in EVALUATION]
+        means = [f"{mean_interval(each):{form}}" for each, form in zip(values, EVALUATION.values(), strict=True)]
+        table.add_row(label, str(len(models)), *means)
+    return table
 
 
 def each_setting(settings, metrics):
@@ -238,17 +288,25 @@ def known(metrics, phases, reports):
 def main() -> None:
     """Print the tables, and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders of evaluations of runs")
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories, or folders of evaluations of runs")
+    parser.add_argument("--evaluations", nargs="+", type=Path, help="folders of rltoken.evaluate, to compare instead")
     parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
     parser.add_argument("--level", type=float, help="count the steps until rollouts have this accuracy")
     options = parser.parse_args()
+    if bool(options.runs) == bool(options.evaluations):
+        parser.error("name run directories, or --evaluations and folders of rltoken.evaluate")
+    if options.evaluations:
+        found, console = read_evaluations(options.evaluations), Console(width=160)
+        console.print(each_evaluation(found))
+        console.print(each_pair(found, EVALUATION, "evaluation"))
+        return
     settings = read(options.runs, options.level)
     reports = [report for runs in settings.values() for report in runs.values()]
     metrics = known(METRICS, ("before", "after"), reports)
     trained = known(TRAINING, ("training",), reports)
     if options.level is not None and "steps_to_level" not in trained:
         sys.exit("--level: some of the runs logged no accuracy, or that of fewer than five windows")
-    console = Console(width=max(160, 40 + 17 * len(metrics)))
+    console = Console(width=max(160, 40 + 17 * max(len(metrics), len(trained))))
     console.print(each_setting(settings, metrics))
     if trained:
         console.print(each_training(settings, trained))

@@ -6,7 +6,7 @@ thinking. Plain GRPO would then keep the most accurate of them alone. In the ord
 group of G, at optimizer step t of T:
 
     f_i       the format whose tag opens the completion
-    r_i    <- 0 where no tag does, or a tag of another format occurs anywhere
+    r_i    <- 0 where no tag does, a tag of another format occurs anywhere, or the structure is not the format's
     F_i     = completions of the group of the same format; those without one are one format
     alpha_i = 1 + (G / F_i - 1) (1 + cos(pi t / T)) / 2         from G / F_i down to 1
     r_i    <- alpha_i r_i
@@ -17,12 +17,17 @@ on a correct answer in a frequent format can have a negative advantage; that is 
 - alpha is that of the code; the project's page has G / F_i times a decay, which is the same number. t begins with 1, as
   in the code; the paper does not say.
 - `<ANSWER>` opens the format without thinking, and the answer of every other one, so it is foreign to none.
+- The published gate looks at tags alone. `structures` adds a regular expression for each format, which its whole
+  completions match. Without one, a format whose tag leaves room for any thinking, as `<DIRECT>` of the embedded world
+  does and the published `<ANSWER>` does not, can become a label that changes nothing.
+- `diversity=False` leaves alpha out: GRPO behind the same gate, the control.
 - As released, white space before the tag makes a completion one without a format; `strip=False` does that.
 - Graders of the paper give 0 or 1. Where another gives a wrong answer something, it keeps that unscaled, so that it is
   not lifted above a correct one; a negative reward stays when a format is broken.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -48,6 +53,17 @@ def told_apart(tags: Mapping[str, str]) -> None:
             raise ValueError(f"another format's tag begins with {tag!r}; set tags of which none begins another")
 
 
+def expressions(structures: Mapping[str, str] | None, tags: Mapping[str, str]) -> None:
+    """Let regular expressions pass that can be read, of formats that have a tag."""
+    for form, pattern in (structures or {}).items():
+        if form not in tags:
+            raise ValueError(f"there is no format {form!r}; set structures of: {', '.join(tags)}")
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{form} has {pattern!r}, no regular expression ({error}); correct it") from error
+
+
 def ada_grpo(
     texts: list[str],
     rewards: Tensor,
@@ -56,6 +72,8 @@ def ada_grpo(
     progress: Progress,
     *,
     tags: Annotated[Mapping[str, str], told_apart] = TAGS,
+    structures: Annotated[Mapping[str, str] | None, expressions] = None,
+    diversity: bool = True,
     strip: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
     """[B] rewards scaled by how rare their format is in its group, and the share of each format in the window.
@@ -65,16 +83,22 @@ def ada_grpo(
         rewards: [B], NaN where there is none, which stays; `correct`: [B] bool; `group`: [B].
         progress: the optimizer step, from 0, and their number.
         tags: format -> the tag that opens it.
-        strip: white space before a tag does not matter.
+        structures: format -> a regular expression that its whole completions match, tag included, `.` being any
+            character; None, or a format without one: tags alone, as published.
+        diversity: correct completions of rare formats are worth more; False: the gate alone.
+        strip: white space around a completion does not matter.
     """
-    numbers, kept = zip(*(format_of(text.lstrip() if strip else text, tags) for text in texts), strict=True)
+    read = [text.strip() if strip else text for text in texts]
+    numbers, kept = zip(*(format_of(text, tags, structures) for text in read), strict=True)
     form = torch.tensor(numbers, device=rewards.device)
     whole = torch.tensor(kept, device=rewards.device)
     gated = torch.where(whole, rewards, rewards.clamp(max=0.0))
-    scale = diversity_scale(form, group, (progress.step + 1) / max(1, progress.max_steps))
-    shaped = torch.where(correct, scale.to(rewards.dtype) * gated, gated)
     shares = {f"format/{name}": (form == i).double().mean().item() for i, name in enumerate(tags)}
-    return shaped, shares | {"format/broken": (~whole).double().mean().item()}
+    shares["format/broken"] = (~whole).double().mean().item()
+    if not diversity:
+        return gated, shares
+    scale = diversity_scale(form, group, (progress.step + 1) / max(1, progress.max_steps))
+    return torch.where(correct, scale.to(rewards.dtype) * gated, gated), shares
 
 
 def diversity_scale(form: Tensor, group: Tensor, done: float) -> Tensor:
@@ -91,12 +115,21 @@ def diversity_scale(form: Tensor, group: Tensor, done: float) -> Tensor:
     return 1 + (rarity - 1) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def format_of(text: str, tags: Mapping[str, str]) -> tuple[int, bool]:
-    """The number of the format whose tag opens a text, -1 for none, and whether no tag of another one occurs in it."""
+def format_of(text: str, tags: Mapping[str, str], structures: Mapping[str, str] | None = None) -> tuple[int, bool]:
+    """The number of the format whose tag opens a text, -1 for none, and whether the text keeps to it.
+
+    Args:
+        text: a completion.
+        tags: format -> the tag that opens it. A tag of another format is not kept to, wherever it occurs.
+        structures: format -> a regular expression that the whole text matches.
+    """
     number = next((i for i, tag in enumerate(tags.values()) if text.startswith(tag)), -1)
     others = [tag for i, tag in enumerate(tags.values()) if i != number and tag != ANSWER]
     foreign = any(mark in text for tag in others for mark in (tag, closing(tag)))
-    return number, number >= 0 and not foreign
+    if number < 0 or foreign:
+        return number, False
+    pattern = (structures or {}).get(list(tags)[number])
+    return number, pattern is None or re.fullmatch(pattern, text, re.DOTALL) is not None
 
 
 def closing(tag: str) -> str:

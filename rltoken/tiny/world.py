@@ -14,7 +14,7 @@ Everything here is a pure function of its arguments and of the `random.Random` i
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rltoken.errors import UserError
@@ -214,7 +214,8 @@ def tagged_trace(rng: random.Random, problem: Problem, world: World, form: str) 
     """Draw a trace in one of the formats of `TAGS`, opened by its word; all of the completion carries loss.
 
     direct: `<DIRECT> </think> 5`, the true answer without thinking. short: one pass. code: one pass as a program,
-    `<CODE> 5 +3 1 *2 2`, without letters. long: passes and re-checks. But for direct, steps are wrong now and then.
+    `<CODE> 5 +3 1 *2 2`, without letters. long: a pass and re-checks until two agree. But for direct, steps are wrong
+    now and then.
 
     Args:
         rng: The source of all randomness.
@@ -226,7 +227,7 @@ def tagged_trace(rng: random.Random, problem: Problem, world: World, form: str) 
     if form == "direct":
         thinking, answer = [], problem.answer
     elif form == "long":
-        thinking, answer = _think(rng, problem, world, single=0.0)
+        thinking, answer = _think(rng, problem, replace(world, single=0.0, stop=1.0))
     else:
         words, value, _ = _pass(rng, start, chain, world, filler=0.0, quick=False, first=True)
         dropped = {START, SO, *LETTERS, *STYLES, HESITATION} if form == "code" else set()
@@ -238,11 +239,11 @@ def tagged_trace(rng: random.Random, problem: Problem, world: World, form: str) 
     return Trace((*prompt, *completion), (0,) * len(prompt) + (1,) * len(completion), len(prompt))
 
 
-def _think(rng: random.Random, problem: Problem, world: World, *, single: float | None = None) -> tuple[list[str], str]:
-    """The thinking of one trace and the answer it comes to; `single` in the place of the world's."""
+def _think(rng: random.Random, problem: Problem, world: World) -> tuple[list[str], str]:
+    """The thinking of one trace and the answer it comes to."""
     start, chain = parse(problem.prompt)
     words = [PLAN, *LETTERS[: len(chain)]] if rng.random() < world.plan else []
-    wanted = 1 if rng.random() < (world.single if single is None else single) else world.max_passes
+    wanted = 1 if rng.random() < world.single else world.max_passes
     filler = rng.uniform(0, 2 * world.verbosity)
     room = world.longest - _summary_length(world)
     found: list[int] = []

@@ -329,7 +329,10 @@ SETTINGS_OUT_OF_RANGE = {
     "+credit=hapo_entropy": ["credits.hapo_entropy.fallback_at=0"],
     "+control=think_prune": ["controls.think_prune.stages=[40]", "controls.think_prune.stages=[[10,20]]"],
     "+control=think_prune +prompt=think_prune": ["prompts.think_prune.template=hurry"],
-    "+shape=ada_grpo": ["shapes.ada_grpo.strip=maybe", "shapes.ada_grpo.tags={short:a,long:ab}"],
+    "+shape=ada_grpo": [
+        *(f"shapes.ada_grpo.{wrong}" for wrong in ("strip=maybe", "diversity=maybe", "tags={short:a,long:ab}")),
+        "shapes.ada_grpo.structures={verse:a}",
+    ],
     "+shape=arora_zanette": ["shapes.arora_zanette.alpha=2"],
     "+shape=dler": ["shapes.dler.factor=2"],
     "+shape=fast_math_r1": ["shapes.fast_math_r1.unit=words", "shapes.fast_math_r1.longest=-1"],

@@ -12,8 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=()):
-    """A finished run with an accuracy of `after` at both of two budgets, whose rollouts were as accurate as said."""
+def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=(), shares=None):
+    """A finished run with an accuracy of `after` at both of two budgets, whose rollouts were as accurate as said.
+
+    `shares` holds, for a format, its share in every window.
+    """
     folder = root / name
     folder.mkdir()
     (folder / "config.yaml").write_text(
@@ -28,7 +31,11 @@ def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=()):
         for phase, value in (("before", 0.5), ("after", after))
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps({"name": name, **phases}))
-    logged = [{"step": 2 * i + 2, "rewards/accuracy/mean": a, "entropy": 1 - a} for i, a in enumerate(rollouts)]
+    logged = [
+        {"step": 2 * i + 2, "rewards/accuracy/mean": a, "entropy": 1 - a}
+        | {f"format/{form}": share[i] for form, share in (shares or {}).items()}
+        for i, a in enumerate(rollouts)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*logged, {"train_loss": 0.0}]))
     return folder
 
@@ -37,6 +44,11 @@ def seeds(*arguments):
     """Run the script."""
     command = [sys.executable, ROOT / "scripts/seeds.py", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+
+
+def cells_of(found):
+    """The cells of every line of the tables."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in found.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -118,7 +130,7 @@ def test_training_is_compared_too(tmp_path):
     ]
     found = seeds(*folders, "--level", "0.55")
     assert found.returncode == 0, found.stderr
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in found.stdout.splitlines()]
+    cells = cells_of(found)
     # entropies of the last five steps: 1 - .7 and 1 - .5
     assert ["a-tiny", "2", "0.600 ± 0.000", "0.300 ± 0.000", "12.0 ± 0.0", "0"] in cells
     assert ["b-tiny", "2", "0.500 ± 0.000", "0.500 ± 0.000", "14.0 ± 0.0", "2"] in cells
@@ -128,3 +140,46 @@ def test_training_is_compared_too(tmp_path):
     bare = run_folder(tmp_path, "c-tiny-s0", seed=0, exp="c", after=0.7)
     found = seeds(*folders, bare, "--level", "0.5")
     assert found.returncode == 1 and "--level: some of the runs logged no accuracy" in found.stderr
+
+
+def test_the_shares_of_formats_are_those_of_the_last_windows(tmp_path):
+    """Six windows, of which the first does not count; the largest is that of the means."""
+    rollouts, shares = [0.5] * 6, {"short": [0.9, *[0.25] * 5], "code": [0.1, 0.5, 0.5, 0.5, 1.0, 1.0]}
+    folders = [
+        run_folder(tmp_path, f"a-tiny-s{s}", seed=s, exp="a", after=0.7, rollouts=rollouts, shares=shares)
+        for s in (0, 1)
+    ]
+    found = seeds(*folders)
+    means = ["0.500 ± 0.000", "0.500 ± 0.000", "0.250 ± 0.000", "0.700 ± 0.000", "0.700 ± 0.000"]
+    assert ["a-tiny", "2", *means] in cells_of(found)
+    assert "format/short" in found.stdout and "format/direct" not in found.stdout
+    bare = run_folder(tmp_path, "b-tiny-s0", seed=0, exp="b", after=0.7, rollouts=rollouts)
+    assert "largest_format" not in seeds(*folders, bare).stdout
+
+
+def evaluation(root, name, **models):
+    """A folder as rltoken.evaluate leaves it: model -> (accuracy, tokens sampled for all of its 8 answers)."""
+    folder = root / name
+    folder.mkdir()
+    results = {
+        "models": {model: {"accuracy": accuracy, "samples": 8} for model, (accuracy, _) in models.items()},
+        "tokens": {model: {"sampled": tokens} for model, (_, tokens) in models.items()},
+    }
+    (folder / "metrics.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_ways_of_evaluation_are_compared(tmp_path):
+    """The same differences as above: .1 and .2 in accuracy; 80 and 96 tokens of 8 answers are 10 and 12, mean 11."""
+    one = evaluation(tmp_path, "short", a=(0.7, 80), b=(0.9, 96))
+    other = evaluation(tmp_path, "direct", a=(0.6, 8), b=(0.7, 24))
+    found = seeds("--evaluations", one, other)
+    assert found.returncode == 0, found.stderr
+    cells = cells_of(found)
+    assert ["short", "2", "0.800 ± 1.271", "11.0 ± 12.7"] in cells
+    assert ["short - direct", "2", "+0.150 ± 0.635", "+9.0 ± 0.0"] in cells
+    third = evaluation(tmp_path, "long", a=(0.6, 8))
+    found = seeds("--evaluations", one, third)
+    assert found.returncode == 1 and "its models are not those of" in found.stderr
+    assert "it has no metrics.json" in seeds("--evaluations", tmp_path).stderr
+    assert "name run directories, or --evaluations" in seeds().stderr

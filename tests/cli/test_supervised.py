@@ -27,6 +27,10 @@ RUN = (
 )  # fmt: skip
 
 
+TAGGED = World(tagged=True, min_operations=1, max_operations=3, noise=0.1)
+"""That of +exp=ada_grpo."""
+
+
 def weights(run, stage=""):
     return (run / stage / "final/model.safetensors").read_bytes()
 
@@ -52,8 +56,7 @@ def test_reinforcement_begins_with_the_model_of_the_supervised_stage(cli, cache)
     assert found.status == 0, found.err
     run = found.runs / "x"
     assert weights(run) == weights(run, "sft")
-    start = load_file(warm_start(world=World(tagged=True, min_operations=1), steps=2, cache_dir=cache)
-                      + "/model.safetensors")  # fmt: skip
+    start = load_file(warm_start(world=TAGGED, steps=2, cache_dir=cache) + "/model.safetensors")
     taught = load_file(run / "sft/final/model.safetensors")
     assert max((start[name] - taught[name]).abs().max().item() for name in taught) > 1e-5
     assert newest_whole(run / "sft", (run / "run_id.txt").read_text().strip()) == (run / "sft/checkpoint-3", [])

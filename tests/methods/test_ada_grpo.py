@@ -3,6 +3,8 @@
 import copy
 import functools
 import math
+import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from omegaconf import OmegaConf
 from rltoken.config import register_schemas
 from rltoken.errors import UserError
 from rltoken.methods.ada_grpo import TAGS, ada_grpo, closing, diversity_scale, format_of, written
+from rltoken.tiny.world import TAGS as TINY
+from rltoken.tiny.world import World, problem, tagged_trace
 from rltoken.train import checked
 from rltoken.types import Progress
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 BODY = {
     "direct": "<ANSWER>\n4\n</ANSWER>",
     "short": "<COT>\n2 and 2\n</COT>\n<ANSWER>\n4\n</ANSWER>",
@@ -119,6 +124,55 @@ def test_the_gate(text, expected):
     assert format_of(text, TAGS) == expected
 
 
+WORLD = World(tagged=True, min_operations=1)
+STRUCTURES = OmegaConf.load(CONF / "model/tiny.yaml").structures
+STEPS = "S 4 A -2 2 so 2"
+
+
+@given(st.integers(0, 2**32), st.sampled_from(list(TINY)))
+@settings(max_examples=100, deadline=None)
+def test_every_trace_of_the_embedded_world_has_its_structure_but_a_long_one_without_room(seed, form):
+    rng = random.Random(seed)
+    text = " ".join(tagged_trace(rng, problem(rng, WORLD), WORLD, form).completion[:-1])
+    rechecked = form != "long" or "wait" in text
+    assert format_of(text, TINY, STRUCTURES) == (list(TINY).index(form), rechecked)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<DIRECT> </think> 2", (0, True)),
+        (f"<DIRECT> {STEPS} </think> 2", (0, False)),
+        (f"<COT> {STEPS} </think> 2", (1, True)),
+        (f"<COT> {STEPS} wait check {STEPS} </think> 2", (1, False)),
+        ("<COT> 4 -2 2 </think> 2", (1, False)),
+        ("<CODE> 4 -2 2 </think> 2", (2, True)),
+        ("<CODE> 4 -2 2 # 5 </think> 5", (2, True)),
+        (f"<CODE> {STEPS} </think> 2", (2, False)),
+        ("<CODE> 4 </think> 2", (2, False)),
+        (f"<LONG_COT> {STEPS} wait check {STEPS} </think> 2", (3, True)),
+        (f"<LONG_COT> {STEPS} </think> 2", (3, False)),
+        ("<LONG_COT> </think> 2", (3, False)),
+        ("<COT> S 4 A -2", (1, False)),
+    ],
+)
+def test_the_structures_of_the_embedded_world(text, expected):
+    assert format_of(text, TINY, STRUCTURES) == expected
+    assert format_of(text, TINY) == (expected[0], True), "as published, the tag is enough"
+
+
+def test_what_has_another_structure_than_its_format_is_worth_nothing_and_stays_in_the_counts():
+    texts = [f"<DIRECT> {STEPS} </think> 2", "<DIRECT> </think> 2", f" <COT> {STEPS} </think> 2\n", "<CODE> 2"]
+    kept = {"direct": STRUCTURES.direct, "short": STRUCTURES.short}
+    assert close(shaped_at(0, texts=texts, rewards=torch.ones(4), tags=TINY, structures=kept), [0.0, 2.0, 4.0, 4.0])
+    assert close(shaped_at(0, texts=texts, rewards=torch.ones(4), tags=TINY), [2.0, 2.0, 4.0, 4.0])
+
+
+def test_without_diversity_it_is_the_gate_alone():
+    texts = [*TEXTS[:7], "no format"]
+    assert torch.equal(shaped_at(0, texts=texts, diversity=False), REWARDS * torch.tensor([1.0] * 7 + [0.0]))
+
+
 def test_a_tag_of_its_own_for_the_format_without_thinking_is_foreign_to_others():
     tags = TAGS | {"direct": "<DIRECT>"}
     assert format_of("<COT> 1 <DIRECT> </think> 4", tags) == (1, False)
@@ -159,7 +213,21 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
-@pytest.mark.parametrize("value", ["{direct:a,short:ab}", "{direct:'',short:b}", "{direct:<A>,short:<A>}"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{verse: a}", r"there is no format 'verse'; set structures of: direct, short, code, long"),
+        ("{short: 'a('}", r"short has 'a\(', no regular expression .*; correct it"),
+    ],
+)
+def test_structures_that_cannot_be_checked_are_refused(value, message, tmp_path):
+    cfg = copy.deepcopy(composed("+exp=ada_grpo", "sft=none"))
+    OmegaConf.update(cfg, "model.structures", OmegaConf.create(value), merge=False)
+    with pytest.raises(UserError, match=rf"method\.shapes\.ada_grpo\.structures: {message}"):
+        checked(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["{direct: a, short: ab}", "{direct: '', short: b}", "{direct: <A>, short: <A>}"])
 def test_tags_that_cannot_be_told_apart_are_refused(value, tmp_path):
     cfg = copy.deepcopy(composed("+exp=ada_grpo", "sft=none"))
     OmegaConf.update(cfg, "method.shapes.ada_grpo.tags", OmegaConf.create(value), merge=False)
@@ -172,5 +240,10 @@ def test_the_exp_teaches_the_formats_that_it_rewards():
     assert cfg.world.tagged and cfg.sft.traces._target_ == "rltoken.tiny.traces"
     assert dict(cfg.method.shapes.ada_grpo.tags) == TAGS | {"direct": "<DIRECT>"}
     assert (cfg.trainer.loss_type, cfg.trainer.scale_rewards) == ("dapo", "group")
+    assert cfg.method.shapes.ada_grpo.structures.keys() == TAGS.keys()
+    control = composed("+exp=ada_grpo/grpo")
+    assert cfg.method.shapes.ada_grpo.diversity and not control.method.shapes.ada_grpo.diversity
+    assert (control.sft, control.trainer, control.world) == (cfg.sft, cfg.trainer, cfg.world)
     real = composed("+exp=ada_grpo", "scale=paper", "data.traces_path=traces.jsonl")
     assert dict(real.method.shapes.ada_grpo.tags) == TAGS == dict(real.sft.traces.formats)
+    assert real.method.shapes.ada_grpo.structures is None, "as published"

@@ -94,6 +94,8 @@ ARM = {  # arXiv 2505.20258 and TEAM-ARM/ARM, the 7B run
     "model.lora.target_modules": "all-linear",
     "data.max_prompt_tokens": 2048,
     "method.shapes.ada_grpo.strip": False,
+    "method.shapes.ada_grpo.structures": None,
+    "method.shapes.ada_grpo.diversity": True,
     "method.shapes.ada_grpo.tags": {"direct": "<ANSWER>", "short": "<COT>", "code": "<CODE>", "long": "<LONG_COT>"},
     "trainer.num_train_epochs": 9,
     "trainer.learning_rate": 1e-6,

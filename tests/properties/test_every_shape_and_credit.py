@@ -38,7 +38,7 @@ SETTINGS = {
 }
 """Constants at the size of these windows, large enough to lift wrong answers where nothing prevents it."""
 BESIDE = {
-    "shape/ada_grpo": ("model.formats.direct='so '", "model.formats.short='\\boxed{1}'"),
+    "shape/ada_grpo": ("model.formats.direct='so '", "model.formats.short='\\boxed{1}'", "model.structures=null"),
     "credit/hbpo": ("+shape=hbpo",),
     "credit/self_reward": ("+mark=class_balance", "+aux=self_reward", "method.credits.self_reward.after=0"),
 }

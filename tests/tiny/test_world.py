@@ -1,5 +1,6 @@
 """Problems and traces: what holds for every world."""
 
+import itertools
 import random
 from dataclasses import fields, replace
 
@@ -14,6 +15,7 @@ from rltoken.tiny.world import (
     HESITATION,
     LAST,
     QUICK,
+    SO,
     TAGS,
     THINK_END,
     Problem,
@@ -212,6 +214,14 @@ def test_a_tagged_trace_opens_with_its_word_and_fits(rng, world, form):
     assert len(row.completion) <= world.longest and set(row.tokens) <= set(vocabulary(world))
     assert final(row) is not None and (form != "direct" or final(row) == drawn.answer)
     assert row.loss_mask == (0,) * row.prompt_length + (1,) * len(row.completion)
+
+
+@given(seeds, worlds(tagged=True, noise=0.3))
+def test_a_long_trace_ends_with_the_first_pass_that_agrees_with_another(rng, world):
+    words = tagged_trace(rng, problem(rng, world), world, "long").completion
+    *earlier, last = [value for so, value in itertools.pairwise(words) if so == SO]
+    assert len(set(earlier)) == len(earlier)
+    assert last not in earlier or words[-2] == last
 
 
 def test_the_formats_of_one_problem_by_hand():

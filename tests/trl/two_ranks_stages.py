@@ -18,7 +18,7 @@ from tests.trl.teachers import a_teacher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SETTINGS = {
-    "shape/ada_grpo": ["model.formats.direct=A", "model.formats.short=B"],
+    "shape/ada_grpo": ["model.formats.direct=A", "model.formats.short=B", "model.structures=null"],
     "shape/tldr_style": ["+prompt=tldr_style"],
     "shape/l1_exact": ["+prompt=l1", "method.prompts.l1.least=2", "method.prompts.l1.most=8"],
     "shape/l1_max": ["+prompt=l1", "method.prompts.l1.least=2", "method.prompts.l1.most=8"],
