@@ -113,6 +113,21 @@ class Stage:
         """Whether it may set `logits`: engines are made for it before it is called."""
         return getattr(_bare(self.call), "changes_logits", False)
 
+    @property
+    def relabels(self) -> bool:
+        """Whether it has labels of its own in place of gold: what it rewards is what counts as correct after it."""
+        return getattr(_bare(self.call), "relabels", False)
+
+    @property
+    def only_for(self) -> str | None:
+        """The published signal for which alone a rows stage samples."""
+        return getattr(_bare(self.call), "only_for", None)
+
+    @property
+    def around_one(self) -> bool:
+        """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
+        return getattr(_bare(self.call), "around_one", False)
+
     def copy(self) -> Stage:
         """The same stage with a copy of its state, to be tried without a trace."""
         return dataclasses.replace(self, call=copy.deepcopy(self.call))
@@ -554,6 +569,7 @@ def _check_kinds(pipeline: Pipeline) -> None:
 
 
 def _check_published(pipeline: Pipeline) -> None:
+    """Refuse stages that name what no rows stage publishes, and rows stages that sample for nobody."""
     for stage in pipeline.stages() + pipeline.observers:
         for name in stage.needs:
             if name in PUBLISHED and not pipeline["rows"]:
@@ -561,6 +577,12 @@ def _check_published(pipeline: Pipeline) -> None:
                     f"{stage.key}: no rows stage publishes '{name}'; add one that does with '+rows=...', or choose "
                     "the method whole with '+exp=...'."
                 )
+    for stage in pipeline["rows"]:
+        if stage.only_for and not pipeline.needs(stage.only_for):
+            raise UserError(
+                f"{stage.key}: no stage names '{stage.only_for}', so what it samples would be thrown away; choose the "
+                "method whole with '+exp=...', or leave it out."
+            )
 
 
 def _check_marks(pipeline: Pipeline) -> None:
@@ -627,6 +649,11 @@ def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
         raise UserError(
             f"trainer.loss_type: '{args.loss_type}' does not clip, so {pipeline['bounds'][0].key} would do nothing; "
             "use grpo, dr_grpo, dapo, bnpo, luspo or cispo."
+        )
+    if args.loss_type == "cispo" and (around := [stage.key for stage in pipeline["bounds"] if stage.around_one]):
+        raise UserError(
+            f"trainer.loss_type: 'cispo' caps the ratio at trainer.epsilon_high itself, while {around[0]} gives "
+            "distances from a ratio of 1; use grpo, dr_grpo or dapo."
         )
 
 

@@ -103,6 +103,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._last_window: LastWindow | None = None
         self._raw: Tensor | None = None
         self._shaped: Tensor | None = None
+        self._relabelled: Tensor | None = None
         self._published: Mapping[str, Tensor] = {}
         self._pack_shares: tuple[float, float] = (1.0, 1.0)
         super().__init__(*args, **kwargs)
@@ -183,7 +184,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
         """Run the shape stages on the gathered rewards of a graded rollout."""
-        self._raw, self._shaped = raw, None
+        self._raw, self._shaped, self._relabelled = raw, None, None
         if not self.pipeline["shapes"]:
             return None
         group = [i // self.num_generations for i in range(len(inputs))]
@@ -195,6 +196,9 @@ class TokenGRPOTrainer(SeamTrainer):
         for stage in self.pipeline["shapes"]:
             for name, value in shape(stage, world).items():
                 self.log_window_metric(name, value)
+            if stage.relabels:
+                self._relabelled = world["rewards"] > 0.5
+                world.put("correct", self._relabelled)
         self._shaped = world["rewards"]
         return self._shaped
 
@@ -489,7 +493,9 @@ class TokenGRPOTrainer(SeamTrainer):
         return torch.tensor(values, dtype=totals.dtype, device=totals.device)
 
     def _correct(self) -> Tensor:
-        """[N] whether each graded completion of the window, of every rank, is correct."""
+        """[N] whether each graded completion of the window, of every rank, is correct: by gold, or what replaces it."""
+        if self._relabelled is not None:
+            return self._relabelled
         return self._raw[:, correctness(self._function_names)] > 0.5
 
     def _of_this_rank(self, values: Tensor, originals: int) -> Tensor:

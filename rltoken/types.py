@@ -23,7 +23,8 @@ SAMPLED = {
     "texts": "list of B str: each row's decoded completion",
     "completion_ids": "list of B lists of int: each row's completion tokens, without padding",
     "rewards": "[B] float: weighted sum of the reward functions, as left by the shape stages before",
-    "correct": "[B] bool: the reward function called accuracy, or else the first one, gave more than 0.5",
+    "correct": "[B] bool: the reward function called accuracy, or else the first one, gave more than 0.5; after a "
+    "shape with labels of its own (ttrl), the reward is above 0.5",
     "group": "[B] long: rows of one group share a number",
     "prompt_id": "list of B str: a stable hash of the prompt",
     "lengths": "[B] long: completion tokens",

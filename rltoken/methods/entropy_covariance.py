@@ -34,6 +34,12 @@ FromZero = Annotated[float, Range(least=0)]
 ShareOrNone = Annotated[float, Range(least=0, most=1)]
 
 
+def above_lower(value: float, lower: float) -> None:
+    """Let an upper bound pass that leaves something between the two."""
+    if value <= lower:
+        raise ValueError(f"nothing lies between lower={lower} and {value}; set it above lower")
+
+
 def clip_cov(
     advantages: Tensor,
     old_logps: Tensor,
@@ -42,7 +48,7 @@ def clip_cov(
     *,
     share: ShareOrNone = 2e-4,
     lower: Annotated[float, Range()] = 1.0,
-    upper: Annotated[float, Range()] = 5.0,
+    upper: Annotated[float, Range(), above_lower] = 5.0,
 ) -> Tensor:
     """[B, T] weights: 0 on tokens drawn from those whose covariance lies between `lower` and `upper`, else 1.
 

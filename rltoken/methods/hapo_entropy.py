@@ -241,6 +241,9 @@ def adaptive_clip(
     return torch.where(h > 0, low, low * (1 - alpha * h)), torch.where(h > 0, high * (1 + alpha * h), high)
 
 
+adaptive_clip.around_one = True
+
+
 class Redistribution:
     """The weights that strengthen undecided tokens whose ratio has moved, and damp decided ones whose has not."""
 

@@ -7,8 +7,9 @@ equations were read. For a group of G responses with the final answers a_1 ... a
     r_i = 1[a_i = y*]
     majority share = (responses that give y*) / G
 
-The reward so far, gold or not, is not looked at: it is replaced. Gold answers, where there are any, are for two metrics
-and for evaluations. A group without any answer has no label, and reward 0 throughout.
+The reward so far, gold or not, is not looked at: it is replaced. So is what counts as correct (the signal `correct`)
+for every stage after this one. Gold answers, where there are any, are for two metrics and for evaluations. A group
+without any answer has no label, and reward 0 throughout.
 
 The authors sample 64 responses, let all of them vote, and train on the first 32. `extra_votes` does that: to the
 `trainer.num_generations` responses that are trained it samples others that only vote, and G counts both.
@@ -16,7 +17,8 @@ The authors sample 64 responses, let all of them vote, and train on the first 32
 Leave-one-out (an option of SPINE): r_i = 1[a_i = y*_{-i}], the vote of the others.
 
 Logged: `ttrl/majority_share`, mean over groups; where the reward functions graded, `ttrl/label_accuracy`, the share of
-groups whose label is right, and `ttrl/reward_accuracy`, the share of rows whose reward is what gold would say.
+groups whose label is right (left out are those whose label only extra votes gave: nobody has graded it), and
+`ttrl/reward_accuracy`, the share of rows whose reward is what gold would say.
 
 Deviations: the authors' code votes on normalised strings and then rewards what is symbolically equal to the winner;
 here the vote itself is one of equivalence classes (`reward.classes`). Their code drops what has no answer but lets an
@@ -60,6 +62,9 @@ def extra_votes(rollout: Rollout, sampler: Sampler, *, votes: Count = 8) -> Roll
     numbers = sampler.classes([*rollout.texts, *texts], [i // size for i in [*range(n), *asked]])
     answers = torch.tensor(numbers[n:]).view(n // size, votes).repeat_interleave(size, 0)
     return dataclasses.replace(rollout, signals=rollout.signals | {"extra_answers": answers})
+
+
+extra_votes.only_for = "extra_answers"
 
 
 def majority_vote(
@@ -107,11 +112,16 @@ def majority_vote_with_extra(
     graded = ~rewards.isnan()
     if graded.any():
         label_right = group_amax((agrees & correct).float(), group, graded)
-        metrics["ttrl/label_accuracy"] = label_right[graded].mean().item()
+        known = graded & ((group_amax(agrees.float(), group) > 0) | (share == 0))
+        if known.any():
+            metrics["ttrl/label_accuracy"] = label_right[known].mean().item()
         metrics["ttrl/reward_accuracy"] = (agrees == correct)[graded].float().mean().item()
     if leave_one_out:
         agrees = gives_the_label(answers, votes - ballots[:, 0])
     return agrees.to(rewards.dtype), metrics
+
+
+majority_vote.relabels = majority_vote_with_extra.relabels = True
 
 
 def ballots_of(answers: Tensor, *, empty_votes: bool) -> Tensor:

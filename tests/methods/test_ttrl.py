@@ -90,6 +90,15 @@ def test_what_gold_says_is_logged_where_there_is_gold():
     assert vote([0, 0], rewards=[nan, nan])[1].keys() == {"ttrl/majority_share"}
 
 
+def test_of_a_label_that_only_extra_votes_gave_nothing_is_said():
+    """Both trained responses say 0, the three that only vote say 1."""
+    row = torch.zeros(2)
+    wrong, extra = torch.tensor([False, False]), torch.tensor([[1, 1, 1]] * 2)
+    rewards, metrics = majority_vote_with_extra(row, wrong, row.long(), row.long(), extra)
+    assert rewards.tolist() == [0, 0] and metrics["ttrl/majority_share"] == pytest.approx(3 / 5)
+    assert "ttrl/label_accuracy" not in metrics and metrics["ttrl/reward_accuracy"] == 1.0
+
+
 def test_gold_does_not_change_the_reward():
     answers = [0, 1, 1, 2]
     assert vote(answers, rewards=[1.0, 0.0, 0.0, 0.0], correct=[True, False, False, False])[0] == [0, 1, 1, 0]

@@ -8,6 +8,8 @@ import torch
 
 from rltoken.errors import UserError
 from rltoken.methods.forking_tokens import forks, forks_microbatch
+from rltoken.methods.gtpo_entropy import gtpo
+from rltoken.methods.length_regularised import length_regularised
 from rltoken.methods.spine import (
     entropy_band,
     masked_kl,
@@ -16,6 +18,7 @@ from rltoken.methods.spine import (
     reference_band,
     spine_forks,
 )
+from rltoken.methods.thr import thr
 from rltoken.methods.ttrl import extra_votes, majority_vote, majority_vote_with_extra
 from rltoken.signals import plain_text
 
@@ -47,6 +50,32 @@ def test_spine_without_band_and_anchor_on_all_tokens_is_ttrl(run, loss_type):
     ttrl = run(TTRL, **settings)
     assert ttrl.distance(run(spine(rho=1.0, kl=0.0, band=0.0), **settings)) == 0.0
     assert ttrl.distance(run(spine(), **settings)) > 1e-5
+
+
+def test_gold_reaches_no_stage_after_the_vote(run):
+    """What the reward functions say may be turned round, and every tensor is the same."""
+    stages = {
+        "shapes": TTRL["shapes"] | {"length": functools.partial(length_regularised, longest=12)},
+        "credits": {"gtpo": gtpo},
+        "weights": {"thr": functools.partial(thr, p=0.3)},
+    }
+
+    def even(completion_ids, **_):
+        return [float(len(ids) % 2 == 0) for ids in completion_ids]
+
+    def odd(completion_ids, **_):
+        return [1.0 - value for value in even(completion_ids)]
+
+    settings = {"classes": classes, "scale_rewards": "none", "num_iterations": 2}
+    voted = run(stages, reward=even, **settings)
+    assert voted.distance(run(stages, reward=odd, **settings)) == 0.0
+    gold = stages | {"shapes": {"length": functools.partial(length_regularised, longest=12)}}
+    assert run(gold, reward=even, **settings).distance(run(gold, reward=odd, **settings)) > 1e-4
+
+
+def test_votes_that_nobody_counts_are_refused(run):
+    with pytest.raises(UserError, match=r"method\.rows\.votes: no stage names 'extra_answers'"):
+        run({"rows": {"votes": functools.partial(extra_votes, votes=2)}})
 
 
 def loss_of_the_equations(logps, entropy, old_logps, old_entropy, ref_logps, mask, rewards, group, *, rho, kl, band):
