@@ -165,9 +165,9 @@ def tolerate(tracker: TrainerCallback) -> None:
     """
     down: list[BaseException] = []
 
-    def tolerant(work: Callable[..., Any]) -> Callable[..., None]:
+    def _tolerant(work: Callable[..., Any]) -> Callable[..., None]:
         @functools.wraps(work)
-        def called(*args: Any, **kwargs: Any) -> None:
+        def _called(*args: Any, **kwargs: Any) -> None:
             if down:
                 return
             try:
@@ -181,10 +181,10 @@ def tolerate(tracker: TrainerCallback) -> None:
                     first_line(error),
                 )
 
-        return called
+        return _called
 
     for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
-        setattr(tracker, event, tolerant(getattr(tracker, event)))
+        setattr(tracker, event, _tolerant(getattr(tracker, event)))
 
 
 class StopWhenAsked(TrainerCallback):

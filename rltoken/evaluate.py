@@ -115,6 +115,18 @@ def _job(cfg: DictConfig) -> None:
     cli.attempt(lambda: run(cfg, HydraConfig.get().overrides.task))
 
 
+def settle(cfg: DictConfig, top_level: Sequence[str]) -> None:
+    """Let the section `model` have a folder where only `models` names any, and check every key.
+
+    Raises:
+        UserError: there is no such key, or its value cannot be.
+    """
+    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
+        cfg.model.path = cfg.models[0]
+    adapters.settle(cfg)
+    config.check_keys(cfg, top_level)
+
+
 def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Evaluate every model that is named, and write and show the comparison.
 
@@ -123,10 +135,7 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     from accelerate import PartialState
 
-    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
-        cfg.model.path = cfg.models[0]
-    adapters.settle(cfg)
-    config.check_keys(cfg, TOP_LEVEL)
+    settle(cfg, TOP_LEVEL)
     for key in ("runs", "models"):
         if not OmegaConf.is_list(cfg[key]):
             raise UserError(f"{key}: {cfg[key]!r} is no list; write '{key}=[FOLDER,...]'.")

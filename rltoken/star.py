@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rltoken import adapters, cli, config, evaluate
+from rltoken import cli, config, evaluate
 from rltoken.errors import UserError
 from rltoken.evals import shards
 
@@ -99,10 +99,7 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     from accelerate import PartialState
 
-    if OmegaConf.is_list(cfg.models) and cfg.models and OmegaConf.is_missing(cfg.model, "path"):
-        cfg.model.path = cfg.models[0]
-    adapters.settle(cfg)
-    config.check_keys(cfg, TOP_LEVEL)
+    evaluate.settle(cfg, TOP_LEVEL)
     subject, out = checked(cfg, overrides), Path(cfg.out)
     cli.leave_terminal_to_us()
     state = PartialState(cpu=cfg.trainer.use_cpu)

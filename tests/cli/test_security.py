@@ -117,7 +117,8 @@ def test_settings_that_are_secrets_are_refused_and_never_shown(monkeypatch, sett
 def test_settings_that_are_none_pass(monkeypatch):
     monkeypatch.setenv("SHORT_KEY", "tiny")
     cfg = {"trainer": {"hub_token": None, "max_tokens": 3}, "model": {"think_end": "</think>", "path": "tiny"}}
-    confidential.refuse(OmegaConf.create(cfg | {"sft": {"trainer": {"eos_token": "</s>", "pad_token": "<pad>"}}}))
+    cfg |= {"sft": {"trainer": {"eos_token": "</s>", "pad_token": "<pad>"}}}
+    assert confidential.refuse(OmegaConf.create(cfg)) is None
 
 
 def test_a_run_directory_holds_no_secret(cli, monkeypatch):
