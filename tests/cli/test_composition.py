@@ -77,8 +77,8 @@ PAIRS = {
 }
 """Pairs of a shaper, a credit, a curriculum and dynamic sampling, and all of them."""
 EVERY = COMPOSITIONS | PAIRS
-QUICK = {"a shaper and dynamic sampling", "another credit and curriculum", "all four"}
-"""Those of the pairs that are not slow: each kind of part is in some."""
+QUICK = {"thr + brpo", "spine + tldr_style", "hapo_entropy + laser", "brpo + thr + kdrl", "all four"}
+"""Those that are not slow: two methods of every kind of stage, a triple, and four parts with a curriculum."""
 REPLAYED = (
     "trainer.per_device_train_batch_size=16",
     "trainer.num_generations=4",
@@ -119,15 +119,13 @@ def method(parts, folder):
     return pipeline, args
 
 
-def named(quick=EVERY):
-    """Every composition; the pairs that are not quick are slow."""
-    return [
-        pytest.param(name, marks=pytest.mark.slow) if name in PAIRS and name not in quick else name for name in EVERY
-    ]
+def named():
+    """Every composition; those that are not quick are slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", named({"all four"}))
+@pytest.mark.parametrize("name", named())
 def test_they_train_from_the_command_line(cli, name):
     found = cli(*together(EVERY[name]), "eval.before=false", "eval.after=false", "trainer.num_iterations=2")
     assert found.status == 0, found.err
@@ -252,7 +250,7 @@ IDLE = {"spine + tldr_style": {"method.weights.mixed_groups"}}
 """What has nothing to do in a composition: where lengths are rewarded too, every group is mixed."""
 
 
-@pytest.mark.parametrize("name", named(QUICK))
+@pytest.mark.parametrize("name", named())
 def test_each_part_yields_what_it_yields_alone(cache, tmp_path, name):
     """On the same rollouts; only what a part names of another one reaches it, as the other one made it."""
     folder, parts = str(warm_start(steps=2, cache_dir=cache)), EVERY[name]

@@ -94,7 +94,7 @@ def start(tiny):
 
 
 @pytest.mark.parametrize("case", FAST)
-@pytest.mark.parametrize("arm", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("arm", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(results, start, arm, case):
     one, two = (results(name, FAST)[case] for name in ("alone", arm))
     check_equal(one, two, start)
