@@ -31,6 +31,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED, THINKING, Progress
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
+
+logger = logging.getLogger(__name__)
 
 WINDOW = {**SAMPLED, **SCORED, **PUBLISHED}
 UNWEIGHTED = {name: text for name, text in LIVE.items() if name != "weight"}
@@ -237,6 +240,7 @@ class Pipeline:
                 f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
                 "sum_then_normalize."
             )
+        _warn_of_idle_bounds(self, args)
 
 
 def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]], section: str = "method") -> Pipeline:
@@ -665,6 +669,16 @@ def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
                 f"trainer.beta: {args.beta:g} would add TRL's KL term on every token, while {stage.key} anchors only "
                 "the tokens that the weights keep; set trainer.beta=0, and the strength by the stage's own setting."
             )
+
+
+def _warn_of_idle_bounds(pipeline: Pipeline, args: GRPOConfig) -> None:
+    updates = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
+    if pipeline["bounds"] and updates <= 1:
+        logger.warning(
+            "%s: each window is trained in one optimizer step, where every ratio is 1 and no bound acts; set "
+            "trainer.num_iterations=2, or trainer.steps_per_generation above trainer.gradient_accumulation_steps.",
+            pipeline["bounds"][0].key,
+        )
 
 
 def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:

@@ -16,6 +16,7 @@ from trl import GRPOConfig
 
 from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, thinking_only
+from rltoken.methods.clip_range import clip_range
 from rltoken.methods.hapo_entropy import tempered
 from rltoken.pipeline import SLOTS, Stage, act, build, look
 from rltoken.ranges import Count, Range, Share
@@ -331,6 +332,21 @@ def test_combinations_are_refused_before_anything_loads(name):
     with pytest.raises(UserError, match=message):
         pipeline.check(args)
     build({}).check(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({}, True),
+        ({"num_iterations": 2}, False),
+        ({"steps_per_generation": 2}, False),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 2}, True),
+    ],
+    ids=str,
+)
+def test_bounds_that_never_act_are_warned_of(caplog, changes, idle):
+    build({"bounds": {"range": clip_range}}).check(arguments(**changes))
+    assert ("method.bounds.range: each window is trained in one optimizer step" in caplog.text) == idle
 
 
 def test_split_group_is_refused():
