@@ -113,6 +113,6 @@ def _replaced(name: str, tee: Tee) -> Iterator[None]:
 def _redirect(old: Any, new: Any) -> None:
     """Let every logger that writes to one stream write to another."""
     for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
-        for handler in getattr(logger, "handlers", ()):  # a placeholder has none
+        for handler in getattr(logger, "handlers", ()):  # a name that only its children have has none
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
                 handler.setStream(new)
