@@ -112,7 +112,8 @@ class ProgressLine(TrainerCallback):
         """Show the newest metrics."""
         if not state.is_world_process_zero or not logs or next(iter(self._shown)) not in logs:
             return
-        shown = ", ".join(f"{name} {logs[key]:.4g}" for key, name in self._shown.items() if logs.get(key) is not None)
+        known = {name: logs[key] for key, name in self._shown.items() if logs.get(key) is not None}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if not math.isnan(value))
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, shown=shown)
         elif state.global_step % max(1, state.max_steps // 20) == 0 or state.global_step == state.max_steps:

@@ -72,6 +72,7 @@ def load(
     seed: int = 0,
     max_unparsable: float = 0.05,
     unreadable: Unreadable = "drop",
+    answers: bool = True,
     role: Role = "train",
 ) -> Dataset:
     """A set of problems as `prompt`, `answer` and `id`, and whatever other columns the source has.
@@ -96,11 +97,12 @@ def load(
         max_unparsable: share of the problems looked at whose gold answer may be missing or unreadable before the whole
             set is refused; a single one always may.
         unreadable: `drop` or `keep` a problem whose gold answer the grader cannot read; no answer to it is right.
+        answers: whether there are gold answers; without, the column is not looked for, and `answer` is null.
         role: `train` or `eval`; tells which setting an error names.
 
     Returns:
         Columns `prompt` ([{"role": "user", "content": str}]), `answer` (str; a list of them for every problem where one
-        has several, any of which is right), `id` (str, unique) and the rest.
+        has several, any of which is right; null without answers), `id` (str, unique) and the rest.
 
     Raises:
         UserError: no source, an unreadable source, a missing column, a template without `{problem}`, too many
@@ -109,7 +111,8 @@ def load(
     _refuse_settings(template, gold, unreadable, limit, role)
     source = _read(path, hub, name, split, role)
     label = path or f"{hub} [{split}]"
-    found = {key: _find(source, key, (columns or {}).get(key)) for key in COLUMNS}
+    wanted = [key for key in COLUMNS if answers or key != "answer"]
+    found = {"answer": None} | {key: _find(source, key, (columns or {}).get(key), role) for key in wanted}
     order = list(range(len(source)))
     if limit is not None:
         random.Random(seed).shuffle(order)
@@ -123,7 +126,7 @@ def load(
 def _columns(kept: _Kept, source: Dataset, replaced: set[str | None]) -> Dataset:
     """What was made of the rows that are kept, and the source's other columns."""
     several = any(len(golds) > 1 for golds in kept.answers)
-    answers = kept.answers if several else [golds[0] for golds in kept.answers]
+    answers = kept.answers if several else [golds[0] if golds else None for golds in kept.answers]
     made = Dataset.from_dict({"prompt": kept.prompts, "answer": answers, "id": kept.ids})
     rest = source.select(kept.rows).remove_columns([column for column in source.column_names if column in replaced])
     return concatenate_datasets([made, rest], axis=1) if rest.column_names else made
@@ -300,7 +303,7 @@ def _read_file(path: str, key: str) -> Dataset:
         raise UserError(f"{key}: {path} cannot be read as {reader} ({reason}). Correct the file.") from error
 
 
-def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None) -> str | None:
+def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None, role: Role) -> str | None:
     """The source's column for `key`: the first that is there; None only for an id that nobody named."""
     names = [wanted] if isinstance(wanted, str) else list(COLUMNS[key] if wanted is None else wanted)
     if found := next((column for column in names if column in source.column_names), None):
@@ -311,6 +314,8 @@ def _find(source: Dataset, key: str, wanted: str | Sequence[str] | None) -> str 
     left = [column for column in source.column_names if column not in others]
     near = difflib.get_close_matches(names[0], source.column_names, n=1, cutoff=0.5) or left[-1:]
     fix = f"Set data.columns.{key}={near[0]}" if near else "Add it to the file"
+    if key == "answer" and role == "train" and not near:
+        fix += ", or data.answers=false to train on votes alone (+exp=ttrl)"
     raise UserError(
         f"data.columns.{key}: the data set has no column {' or '.join(repr(column) for column in names)}; it has: "
         f"{', '.join(source.column_names)}. {fix}."
@@ -328,20 +333,20 @@ def _check(
     keep: bool,
 ) -> _Kept:
     """Look at rows in `order` until `limit` have passed; `keep` lets those pass that have an unreadable gold answer."""
-    kept, ids = _Kept(), set()
+    kept, ids, unlabelled = _Kept(), set(), found["answer"] is None
     for (row, problem, raw, golds, identity), readable in _tried(_rows(source, found, order, stem, gold)):
         kept.seen += 1
         prompt = _messages(problem, template)
         if prompt is None:
             _drop(kept, "empty problem", f"{identity}: {_short(problem)}")
-        elif not golds:
+        elif not unlabelled and not golds:
             _drop(kept, "empty gold answer", f"{identity}: {_short(raw)}")
-        elif not readable and not keep:
+        elif not unlabelled and not readable and not keep:
             _drop(kept, UNREADABLE, f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
         elif identity in ids:
             _drop(kept, "repeated id", identity)
         else:
-            if not readable:
+            if not unlabelled and not readable:
                 kept.unreadable += 1
                 kept.examples.setdefault(UNREADABLE, f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
             ids.add(identity)
@@ -368,7 +373,8 @@ def _drop(kept: _Kept, reason: str, example: str) -> None:
 def _rows(
     source: Dataset, found: Mapping[str, str | None], order: Sequence[int], stem: str, gold: Gold
 ) -> Iterator[Candidate]:
-    problems, answers = source[found["prompt"]][:], source[found["answer"]][:]
+    problems = source[found["prompt"]][:]
+    answers = source[found["answer"]][:] if found["answer"] else [None] * len(problems)
     identities = source[found["id"]][:] if found["id"] else None
     for row in order:
         given = None if identities is None else identities[row]

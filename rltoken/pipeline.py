@@ -609,7 +609,13 @@ def _check_alternatives(pipeline: Pipeline) -> None:
 
 
 def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
-    """Refuse what a credit stage that computes the advantages of thinking rows anew would leave without effect."""
+    """Refuse what a stage that computes rewards, or advantages of thinking rows, anew would leave without effect."""
+    for earlier, stage in itertools.pairwise(pipeline["shapes"]):
+        if stage.relabels:
+            raise UserError(
+                f"{earlier.key}: {stage.key} comes after it and makes rewards of its own, so it would do nothing; "
+                "choose them in the other order, as '+shape=[vote,other]', or leave one out."
+            )
     credits = [stage for stage in pipeline["credits"] if THINKING in stage.kinds]
     for earlier, stage in itertools.pairwise(credits):
         if "advantages" not in stage.needs:

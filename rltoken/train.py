@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,6 +265,7 @@ def assemble(
     funcs, weights, classes = parts.rewards(cfg.reward)
     args.reward_weights = weights or args.reward_weights
     refuse_unserved(cfg, args, path)
+    refuse_unlabelled(cfg, pipeline, funcs)
     trainer = TokenGRPOTrainer(
         model=parts.model(cfg.model, path, trainable=True),
         reward_funcs=list(funcs.values()),
@@ -324,6 +326,30 @@ def refuse_unserved(cfg: DictConfig, args: Any, path: str) -> None:
         from rltoken.rollout import vllm_cpu
 
         vllm_cpu.refuse_model(path, trust_remote_code=cfg.model.trust_remote_code)
+
+
+def refuse_unlabelled(cfg: DictConfig, pipeline: Any, funcs: Mapping[str, Callable[..., Any]]) -> None:
+    """Refuse to train without gold answers where something needs them, or nothing else says what is worth a reward.
+
+    Args:
+        funcs: the reward functions; one that does not name `answer` needs none.
+
+    Raises:
+        UserError: names the key, the reason and the fix.
+    """
+    if cfg.data.get("answers", True):
+        return
+    if graded := [stage.key for stage in pipeline["rows"] if not stage.only_for]:
+        raise UserError(
+            f"data.answers: {graded[0]} looks at rewards before there is a vote, and without gold answers there are "
+            "none; leave it out, or set data.answers=true."
+        )
+    voted = any(stage.relabels for stage in pipeline["shapes"])
+    if not voted and all("answer" in inspect.signature(func).parameters for func in funcs.values()):
+        raise UserError(
+            f"data.answers: {' and '.join(f'reward.funcs.{name}' for name in funcs)} can say nothing without gold "
+            "answers; choose a method that votes, as +exp=ttrl, or set data.answers=true."
+        )
 
 
 def settle_callbacks(trainer: Any) -> None:

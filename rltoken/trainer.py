@@ -182,6 +182,11 @@ class TokenGRPOTrainer(SeamTrainer):
             return contextlib.nullcontext()
         return self.families(torch.tensor([row.parent for row in rows], device=self.accelerator.device))
 
+    @property
+    def labels_itself(self) -> bool:
+        """Whether a shape stage has labels of its own."""
+        return any(stage.relabels for stage in self.pipeline["shapes"])
+
     def score(self, inputs: list[dict[str, Any]], texts: list[Any], ids: list[list[int]], raw: Tensor) -> Tensor | None:
         """Run the shape stages on the gathered rewards of a graded rollout."""
         self._raw, self._shaped, self._relabelled = raw, None, None

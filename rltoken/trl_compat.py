@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,11 @@ class SeamTrainer(VLLMTrainer):
     @property
     def needs_reference(self) -> bool:
         """Whether `reference_pass` will be called; asked before the trainer is made."""
+        return False
+
+    @property
+    def labels_itself(self) -> bool:
+        """Whether `score` gives a reward to completions that no reward function graded."""
         return False
 
     def make_window(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,7 +298,7 @@ class SeamTrainer(VLLMTrainer):
         pending, self._pending_extra_logs = self._pending_extra_logs, defaultdict(list)
         metrics, self._pending_metrics = self._pending_metrics, defaultdict(list)
         try:
-            rewards = super()._calculate_rewards(inputs, [x["prompt"] for x in inputs], texts, ids)
+            rewards = self._raw_rewards(inputs, [x["prompt"] for x in inputs], texts, ids)
             extras = _rows_of(self._pending_extra_logs, len(inputs))
             for name, values in self._pending_metrics.items():
                 metrics[f"{prefix}{name}"].extend(values)
@@ -598,7 +604,7 @@ class SeamTrainer(VLLMTrainer):
             raw = self.accelerator.gather(self._replay.rewards)
             ids = self._replay.completion_ids
         else:
-            raw = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            raw = self._raw_rewards(inputs, prompts, completions, completion_ids_list)
             ids = completion_ids_list
         if not self.model.training:
             return raw
@@ -610,6 +616,10 @@ class SeamTrainer(VLLMTrainer):
         only_shaped[-1] = 1.0
         self.reward_weights = only_shaped
         return torch.cat([raw, shaped.to(raw).unsqueeze(1)], dim=1)
+
+    def _raw_rewards(self, inputs, prompts, completions, completion_ids_list):
+        with _unwarned("All reward functions returned None", self.labels_itself):
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _compute_loss(self, model, inputs):
         return self.step_loss(model, inputs)
@@ -763,6 +773,21 @@ class SeamTrainer(VLLMTrainer):
             yield captured
         finally:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _unwarned(text: str, wanted: bool) -> Iterator[None]:
+    """Leave out what TRL logs with this text in it, where that is wanted."""
+    logger = logging.getLogger(GRPOTrainer.__module__)
+
+    def other(record: logging.LogRecord) -> bool:
+        return not (wanted and text in record.getMessage())
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def causal_of(model: nn.Module) -> nn.Module:

@@ -25,12 +25,14 @@ def answer(text: str) -> str | None:
     return str(int(found[1])) if found else None
 
 
-def accuracy(completions: list, answer: list[str], *, log_extra=None, log_metric=None, **_) -> list[float]:
-    """1.0 where a completion has exactly one `</think>` and the right answer after it, else 0.0.
+def accuracy(
+    completions: list, answer: list[str | None], *, log_extra=None, log_metric=None, **_
+) -> list[float | None]:
+    """1.0 where a completion has exactly one `</think>` and the right answer after it, else 0.0; None without gold.
 
     Args:
         completions: As TRL passes them: conversations of one assistant message, or plain strings.
-        answer: The gold answers, as many.
+        answer: The gold answers, as many; None where there is none.
         log_extra, log_metric: TRL's; they get the outcomes as `rltoken.rewards.math.accuracy` logs them.
 
     Returns:
@@ -38,7 +40,7 @@ def accuracy(completions: list, answer: list[str], *, log_extra=None, log_metric
     """
     outcomes = [_outcome(content(text), gold) for text, gold in zip(completions, answer, strict=True)]
     log_outcomes(outcomes, log_extra, log_metric)
-    return [float(outcome == Outcome.CORRECT) for outcome in outcomes]
+    return [None if outcome is None else float(outcome == Outcome.CORRECT) for outcome in outcomes]
 
 
 def classes(completions: list, group: list[int]) -> list[int]:
@@ -50,7 +52,9 @@ def classes(completions: list, group: list[int]) -> list[int]:
     return [-1 if text is None else known.setdefault(text, len(known)) for known, text in found]
 
 
-def _outcome(text: str, gold: str) -> Outcome:
+def _outcome(text: str, gold: str | None) -> Outcome | None:
+    if gold is None:
+        return None
     found = answer(text)
     if found is None:
         return Outcome.NO_ANSWER

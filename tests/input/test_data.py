@@ -56,6 +56,13 @@ def test_rows_get_prompt_answer_and_id_and_keep_the_rest(tmp_path):
     }
 
 
+def test_without_answers_the_column_is_not_looked_for(tmp_path):
+    rows = [{"problem": "1 + 1?", "answer": "no number at all {"}, {"problem": "", "answer": "2"}, {"problem": "2?"}]
+    data = load(path=write(tmp_path / "p.jsonl", rows), answers=False)
+    assert data["answer"] == [None, None] and data["id"] == ["p-0", "p-2"]
+    assert accuracy(["It is 2."] * 2, answer=data["answer"]) == [None, None]
+
+
 def test_gsm8k_and_math_as_the_hub_has_them(tmp_path):
     gsm8k = load(path=write(tmp_path / "gsm8k.jsonl", GSM8K))
     assert gsm8k["answer"][:] == ["4", "1,001"]
@@ -161,7 +168,9 @@ def test_a_missing_column_is_told_with_the_columns_there_are(tmp_path):
     assert refused(path=path, columns={"answer": "answer"}).startswith(told)
     assert refused(path=path).endswith("Set data.columns.answer=solutions.")
     bare = write(tmp_path / "bare.jsonl", [{"id": "a", "question": "1 + 1?"}])
-    assert refused(path=bare).endswith("it has: id, question. Add it to the file.")
+    told = "it has: id, question. Add it to the file"
+    assert refused(path=bare).endswith(f"{told}, or data.answers=false to train on votes alone (+exp=ttrl).")
+    assert refused(path=bare, role="eval").endswith(f"{told}.")
     assert refused(path=path, columns={"prompt": "questions"}).endswith("Set data.columns.prompt=question.")
     assert refused(path=path, columns={"answer": "solutions", "id": "key"}).startswith("data.columns.id: ")
 

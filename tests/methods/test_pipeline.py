@@ -18,6 +18,7 @@ from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, thinking_only
 from rltoken.methods.clip_range import clip_range
 from rltoken.methods.hapo_entropy import tempered
+from rltoken.methods.ttrl import majority_vote
 from rltoken.pipeline import SLOTS, Stage, act, build, look
 from rltoken.ranges import Count, Range, Share
 from rltoken.types import LIVE, SAMPLED, SCORED
@@ -430,6 +431,10 @@ EARLY = {
     "two credits that start anew": (
         {"credits": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}},
         r"method\.credits\.one: .*would do nothing; leave one out\.$",
+    ),
+    "a reward that a vote replaces": (
+        {"shapes": {"short": lambda rewards: rewards, "vote": majority_vote}},
+        r"method\.shapes\.short: method\.shapes\.vote comes after it and makes rewards of its own, .* other order",
     ),
     "a control that returns nothing": (
         {"controls": {"none": lambda progress: None}},

@@ -99,3 +99,7 @@ def test_traces_are_worked_solutions_and_in_a_tagged_world_take_turns():
     assert all(text.startswith(TAGS[form]) for form, text in zip(tagged["format"], tagged["completion"], strict=True))
     with pytest.raises(UserError, match=r"data\.traces\.n: 0 traces"):
         traces(0)
+
+
+def test_without_a_gold_answer_there_is_no_reward():
+    assert accuracy(["S 1 </think> 1", "S 1 </think> 1"], answer=["1", None]) == [1.0, None]
