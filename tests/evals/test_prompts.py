@@ -12,7 +12,7 @@ from rltoken.errors import UserError
 from rltoken.evals.prompts import ask, settle
 from rltoken.train import checked
 from tests.cli.conftest import cache, cli
-from tests.methods.test_length_rewards import composed
+from tests.methods.configured import composed
 
 __all__ = ["cache", "cli"]
 

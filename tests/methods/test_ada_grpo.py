@@ -1,25 +1,23 @@
 """Ada-GRPO: the numbers of the specification, the gate on formats, what traces look like, and its configurations."""
 
 import copy
-import functools
 import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from rltoken.config import register_schemas
 from rltoken.errors import UserError
 from rltoken.methods.ada_grpo import TAGS, ada_grpo, closing, diversity_scale, format_of, written
 from rltoken.tiny.world import TAGS as TINY
 from rltoken.tiny.world import World, problem, tagged_trace
 from rltoken.train import checked
 from rltoken.types import Progress
+from tests.methods.configured import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 BODY = {
@@ -203,14 +201,6 @@ def test_white_space_before_a_tag():
     texts, rewards = ["\n" + BODY["short"], BODY["code"]], torch.ones(2)
     assert close(shaped_at(0, texts=texts, rewards=rewards), [2.0, 2.0])
     assert close(shaped_at(0, texts=texts, rewards=rewards, strip=False), [0.0, 2.0])
-
-
-@functools.cache
-def composed(*overrides):
-    """The configuration of a command line; not to be changed."""
-    register_schemas()
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,10 @@ import math
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 
-from rltoken.config import check_keys, register_schemas
-from rltoken.errors import UserError
 from rltoken.methods.campo import StagedLength, saturated, without_loops
-from rltoken.pipeline import build
 from rltoken.types import LastWindow, Progress
+from tests.methods.configured import assert_refused, built
 
 LOOPS = [  # tokens, the paper's share, the released code's
     ([1, 2, 3, 4, 5, 6], 0.0, 0.0),
@@ -131,14 +127,6 @@ def test_a_checkpoint_of_more_stages_goes_on_in_the_last_one():
     assert stage(Progress(0, 9), None)["max_completion_length"] == 64
 
 
-def built(*overrides):
-    register_schemas()
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides))
-    check_keys(cfg)
-    return build(instantiate(cfg.method, _convert_="object"))
-
-
 def test_configurations_have_the_defaults_of_the_code():
     pipeline = built("+control=campo", "+shape=campo", "trainer.max_completion_length=32768")
     (control,), (shape,) = pipeline["controls"], pipeline["shapes"]
@@ -157,9 +145,7 @@ def test_the_exp_penalises_after_dynamic_sampling():
 
 @pytest.mark.parametrize("setting", ["reading=book", "penalty=-0.1", "min_repeats=1", "min_repeats=2.5"])
 def test_a_wrong_value_of_the_penalty_is_refused_by_name(setting):
-    with pytest.raises(UserError) as refused:
-        built("+shape=campo", f"method.shapes.campo.{setting}")
-    assert str(refused.value).startswith(f"method.shapes.campo.{setting.partition('=')[0]}: ")
+    assert_refused("+shape=campo", f"method.shapes.campo.{setting}")
 
 
 @pytest.mark.parametrize(

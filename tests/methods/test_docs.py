@@ -16,16 +16,18 @@ from rltoken.types import LIVE, PUBLISHED, SAMPLED, SCORED
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs/architecture.md"
-METHODS = ROOT / "docs/methods/README.md"
+README = ROOT / "README.md"
+PAGES = {path.stem: path for path in sorted((ROOT / "docs/methods").glob("*.md"))}
+METHODS = PAGES.pop("README")
+MODULES = {path.stem: path for path in sorted((ROOT / "rltoken/methods").glob("*.py")) if path.stem != "__init__"}
 REWARDS = ROOT / "docs/rewards.md"
 EVALUATION = ROOT / "docs/evaluation.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
-SUPERVISED, ADA_GRPO = ROOT / "docs/supervised.md", ROOT / "docs/methods/ada_grpo.md"
-MEASURED = ROOT / "docs/measured.md"
+SUPERVISED, MEASURED = ROOT / "docs/supervised.md", ROOT / "docs/measured.md"
 FAULTS, SECURITY = ROOT / "docs/faults.md", ROOT / "docs/security.md"
-DOCUMENTS = [ARCHITECTURE, METHODS, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, ADA_GRPO, MEASURED]
-DOCUMENTS += [FAULTS, SECURITY]
+DOCUMENTS = [ARCHITECTURE, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, MEASURED, FAULTS, SECURITY]
+DOCUMENTS += [METHODS, *PAGES.values()]
 LAUNCH = ".venv/bin/python -m rltoken.train "
 
 
@@ -73,22 +75,30 @@ def test_the_picture_shows_every_slot():
     assert set(re.findall(r'class="name"[^>]*>(\w+)<', picture)) == set(SLOTS)
 
 
-def test_every_method_has_a_section_with_its_configurations_and_tests():
-    sections = re.split(r"^## ", METHODS.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    documented = {section.partition("\n")[0]: section for section in sections}
-    modules = {path.stem: path for path in (ROOT / "rltoken/methods").glob("*.py") if path.stem != "__init__"}
-    assert documented.keys() == modules.keys()
-    for name, section in documented.items():
-        for part in ("**Paper:**", "**Changes:**", "**Config:**", "**Deviations:**", "**Tests:**", LAUNCH):
-            assert part in section, f"{name}: no {part}"
-        own = [
-            str(path.relative_to(ROOT))
-            for path in (ROOT / "conf").glob("*/*.yaml")
-            if f"rltoken.methods.{name}." in path.read_text(encoding="utf-8")
-        ]
-        assert own and all(path in section for path in own), f"{name}: not every one of {own} is named"
-        for arxiv in re.findall(r"\b\d{4}\.\d{5}\b", section):
-            assert arxiv in modules[name].read_text(encoding="utf-8"), f"{name}: {arxiv} is not in the module"
+def test_every_method_has_a_page_that_can_be_found_a_test_file_and_a_row():
+    listed = set(re.findall(r"\]\((\w+)\.md[)#]", METHODS.read_text(encoding="utf-8")))
+    rows = re.findall(r"\(docs/methods/(\w+)\.md\)", " ".join(row[0] for row in table(README, "what")))
+    assert PAGES.keys() == MODULES.keys() == listed == set(rows)
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests/methods").glob("test_*.py")}
+    assert tested >= MODULES.keys(), MODULES.keys() - tested
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_page_has_its_parts_its_configurations_and_its_papers(name):
+    page = PAGES[name].read_text(encoding="utf-8")
+    assert re.match(rf"# {name}\b", page)
+    for part in ("Paper", "Changes", "Config", "Deviations", "Tests"):
+        assert re.search(rf"^(\*\*{part}:\*\*|## {part}\b)", page, re.MULTILINE), f"{name}: no {part}"
+    assert f"\n{LAUNCH}" in page, f"{name}: no command that trains"
+    own = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "conf").glob("*/*.yaml")
+        if f"rltoken.methods.{name}." in path.read_text(encoding="utf-8")
+    ]
+    assert own and all(path in page for path in own), f"{name}: not every one of {own} is named"
+    assert f"`tests/methods/test_{name}.py" in page
+    for arxiv in re.findall(r"\b\d{4}\.\d{5}\b", page):
+        assert arxiv in MODULES[name].read_text(encoding="utf-8"), f"{name}: {arxiv} is not in the module"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -99,8 +109,25 @@ def test_files_and_tests_that_are_mentioned_exist(document):
     for path, test in mentioned:
         assert (ROOT / path).exists(), path
         assert not test or f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (document.parent / link).exists(), link
+
+
+def anchors(document):
+    """What a link into the document can name, by GitHub's rule."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKING = [README, CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", LINKING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(document):
+    for link in re.findall(r"\]\(([^):]+)\)", document.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def quoted_blocks():
@@ -129,7 +156,7 @@ def commands():
     for document in DOCUMENTS:
         for line in document.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
             if line.startswith(LAUNCH):
-                words = [word for word in shlex.split(line.removeprefix(LAUNCH)) if word != "--multirun"]
+                words = [word for word in shlex.split(line.removeprefix(LAUNCH), comments=True) if word != "--multirun"]
                 given = OverridesParser.create().parse_overrides(words)
                 yield from itertools.product(*(choices(override) for override in given))
 
@@ -145,8 +172,10 @@ def choices(override):
 @pytest.mark.parametrize("overrides", list(commands()), ids=" ".join)
 def test_commands_compose_and_pass_the_checks(overrides, tmp_path):
     config.register_schemas()
+    # some are for GPUs: what they say is checked on any machine
+    machine = [] if any(override.startswith("hardware=") for override in overrides) else ["hardware=cpu"]
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides))
+        cfg = compose("config", overrides=[*overrides, *machine])
     config.check_keys(cfg)
     pipeline, _, _ = checked(cfg, tmp_path)
     assert pipeline.stages() or not any("method." in override for override in overrides)

@@ -6,11 +6,8 @@ import math
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 from trl import GRPOConfig
 
-from rltoken.config import check_keys, register_schemas
 from rltoken.errors import UserError
 from rltoken.methods.hapo_entropy import (
     AdaptiveTemperature,
@@ -25,6 +22,7 @@ from rltoken.methods.hapo_entropy import (
 from rltoken.ops import nearest_rank
 from rltoken.pipeline import build
 from rltoken.rollout import logits as changes
+from tests.methods.configured import assert_refused, built, composed, sections
 
 NAN = torch.nan
 # two responses of four and three tokens; log H relative to the pivot, H = 1, is a multiple of log 2 and log 10
@@ -245,19 +243,6 @@ def test_what_a_request_may_not_say(text):
         changes.found(text)
 
 
-@functools.cache
-def composed(*overrides):
-    register_schemas()
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def built(*overrides):
-    cfg = composed(*overrides)
-    check_keys(cfg)
-    return build(instantiate(cfg.method, _convert_="object"))
-
-
 def test_the_exp_has_the_papers_settings_and_several_steps_a_window():
     cfg = composed("+exp=hapo_entropy")
     trainer = cfg.trainer
@@ -277,16 +262,14 @@ def test_the_exp_has_the_papers_settings_and_several_steps_a_window():
 @pytest.mark.parametrize(
     "setting",
     [
-        "credits.hapo_entropy.fallback_at=0",
-        "bounds.hapo_entropy.alpha=-1",
-        "bounds.hapo_entropy.low=-0.1",
-        "bounds.hapo_entropy.sign=code",
+        "method.credits.hapo_entropy.fallback_at=0",
+        "method.bounds.hapo_entropy.alpha=-1",
+        "method.bounds.hapo_entropy.low=-0.1",
+        "method.bounds.hapo_entropy.sign=code",
     ],
 )
 def test_settings_out_of_range_are_refused(setting):
-    with pytest.raises(UserError) as refused:
-        built("+exp=hapo_entropy", f"method.{setting}")
-    assert str(refused.value).startswith(f"method.{setting.partition('=')[0]}: ")
+    assert_refused("+exp=hapo_entropy", setting)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +326,11 @@ def test_back_ends_that_follow_are_let_pass(changes):
     pipeline = build({"controls": {"hapo": AdaptiveTemperature()}})
     pipeline.check(GRPOConfig(use_cpu=True, **settings | changes))
     assert pipeline.changes_logits
+
+
+def test_dapo_is_hapo_without_its_stages():
+    hapo, dapo = sections("hapo_entropy"), sections("hapo_entropy/dapo")
+    assert not any(dapo.pop("method").values()) and len(hapo.pop("method")["weights"]) == 1
+    # HAPO's advantages are standardised by its own stage
+    assert (dapo["trainer"].pop("scale_rewards"), hapo["trainer"].pop("scale_rewards")) == ("group", "none")
+    assert dapo == hapo

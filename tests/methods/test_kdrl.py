@@ -11,6 +11,7 @@ from rltoken.errors import UserError
 from rltoken.methods.kdrl import Distillation, coefficient, distilled_advantage, divergence, token_weights
 from rltoken.pipeline import build
 from rltoken.types import Progress
+from tests.methods.configured import sections
 
 R = torch.tensor([[-0.2, 0.6, 0.0], [-0.1, 2.0, 0.0]], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -229,3 +230,9 @@ def test_settings_out_of_range_are_refused(slot, settings, message):
                 }
             }
         )
+
+
+def test_distillation_is_kdrl_without_rewards():
+    kdrl, control = sections("kdrl"), sections("kdrl/distillation")
+    assert control["trainer"].pop("reward_weights") == [0.0] and kdrl["trainer"].pop("reward_weights") is None
+    assert control == kdrl

@@ -4,17 +4,16 @@ import functools
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from rltoken import parts
-from rltoken.config import register_schemas
 from rltoken.errors import UserError
 from rltoken.methods.last_token import class_balance, mix_self_reward, self_reward, self_reward_loss
 from rltoken.pipeline import build
 from rltoken.tiny.tokenizer import build_tokenizer
 from rltoken.tiny.world import World
 from rltoken.types import Progress
+from tests.methods.configured import composed
 
 LOGPS = torch.tensor([-13.5, -20.0, -22.5, -24.0])
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.0])
@@ -41,6 +40,12 @@ def test_self_reward_and_its_error():
     assert_close(loss.mean(), 0.025125, 1e-7)
     assert metrics["self_reward/error"] == pytest.approx(0.25125)
     assert metrics["self_reward/balanced_accuracy"] == 0.75 and metrics["self_reward/log_prob"] == -20.0
+
+
+def test_the_probabilities_that_are_taught_are_next_to_nothing():
+    """exp(-23 + 1 / .1) for what is right and exp(-23) for what is wrong, to three digits: .1 * .005 at most."""
+    probabilities = torch.tensor([2.26e-6, 1.03e-10], dtype=torch.float64)
+    assert_close(self_reward(probabilities.log(), scale=0.1, reference=-23.0), [1.0, 0.0], 5e-4)
 
 
 def test_one_right_and_three_wrong():
@@ -130,12 +135,6 @@ def test_a_wrong_value_gets_one_error_that_names_its_key(slot, stage, setting):
     with pytest.raises(UserError) as refused:
         build({"marks": {"class_balance": class_balance}, slot: {"mine": functools.partial(stage, **setting)}})
     assert str(refused.value).startswith(f"method.{slot}.mine.{name}:")
-
-
-def composed(*overrides):
-    register_schemas()
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def test_loss_and_credit_share_what_makes_the_self_reward():

@@ -43,6 +43,12 @@ def test_progress_of_each_token_of_an_episode():
     assert found.tolist() == [[0.25, 0.25, 0.5, 0.5, 0.0, 0.0, -0.25, 0.0, 0.0]]
 
 
+def test_progress_of_the_worked_scores():
+    """One token an episode; the sum is the last score less the first."""
+    progress = token_progress(torch.arange(5).unsqueeze(0), SCORES, 4)
+    assert progress.tolist() == [[0.25, 0.5, 0.0, -0.25]] and progress.sum() == 0.5
+
+
 def test_credit_adds_to_what_was_there():
     found = episode_credit(torch.full((1, 9), 0.5), torch.tensor([[0, 2, 4, 6, 7]]), SCORES, alpha=2.0)
     assert found.tolist() == [[1.0, 1.0, 1.5, 1.5, 0.5, 0.5, 0.0, 0.5, 0.5]]

@@ -1,16 +1,15 @@
 """`exp/paper/*` and the recipes against tables transcribed from the papers and their code."""
 
 import copy
-import functools
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from rltoken.config import check_keys, register_schemas
+from rltoken.config import check_keys
 from rltoken.supervised import arguments
 from rltoken.train import checked
+from tests.methods.configured import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 BRPO = {  # arXiv 2505.13438v3 and sail-sg/AnytimeReasoner, the 1.5B run with 8000 tokens
@@ -288,14 +287,6 @@ RECIPES = {  # A, decoupled, budgets, prior, baseline
     "ar_linear": (4, True, 4, "linear", "brpo"),
     "ar_uniform": (4, True, 4, "uniform", "brpo"),
 }
-
-
-@functools.cache
-def composed(*overrides):
-    """The configuration of a command line; not to be changed."""
-    register_schemas()
-    with initialize_config_module("rltoken.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, table in PAPERS.items() for key in table])

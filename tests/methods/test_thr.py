@@ -12,6 +12,7 @@ from rltoken.errors import UserError
 from rltoken.methods.thr import evenly_sampled, influence, nthr, thr, threshold
 from rltoken.pipeline import build
 from rltoken.types import Head
+from tests.methods.configured import sections
 
 IDS = torch.tensor([[0, 1], [0, 3], [0, 2]])
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1]])
@@ -268,3 +269,16 @@ def test_half_precision_is_computed_in_single():
 def test_settings_out_of_range_are_refused(stage, setting, value, told):
     with pytest.raises(UserError, match=rf"method\.weights\.mine\.{setting}: .*{told}"):
         build({"weights": {"mine": functools.partial(stage, **{setting: value})}})
+
+
+def test_explore_is_thr_with_the_other_sign():
+    thr, explore = sections("thr"), sections("thr/explore")
+    assert explore["method"]["weights"]["thr"].pop("p") == -thr["method"]["weights"]["thr"].pop("p") == -0.1
+    assert explore == thr
+
+
+def test_asymmetric_has_the_factors_that_thr_gives_where_its_sign_is_that_of_the_response():
+    thr, control = sections("thr"), sections("thr/asymmetric")
+    p, stage = thr["method"]["weights"].pop("thr")["p"], control["method"]["credits"].pop("signed_advantage")
+    assert (stage["positive"], stage["negative"]) == (1 + p, 1 - p)
+    assert control == thr

@@ -7,8 +7,11 @@ from hydra import compose, initialize_config_module
 from rltoken.config import check_keys, register_schemas
 from rltoken.methods.dler import unfinished
 from rltoken.methods.kdrl import divergence
+from rltoken.parts import rewards
 from rltoken.rewards.math import accuracy
 from rltoken.train import checked
+from tests.methods.configured import composed
+from tests.methods.worked import LENGTHS, REWARDS, assert_close
 from tests.trl.losses import loss_of
 
 EXPS = {
@@ -109,3 +112,11 @@ def test_trls_kl_term_is_k3_without_its_correction(run, d):
     trainer = run({}, max_steps=1, loss_type="dapo", beta=0.01, use_bias_correction_kl=False).trainer
     found = loss_of(trainer, torch.tensor([[d]]), torch.zeros(1), torch.ones(1, 1, dtype=torch.long))
     assert found.item() == pytest.approx(0.01 * KL["k3", d], abs=1e-8)
+
+
+def test_trls_overlong_punishment_is_added_to_a_reward():
+    settings = ("trainer.max_completion_length=4000", "reward.funcs.overlong.soft_punish_cache=1500")
+    funcs, _, _ = rewards(composed("reward=[math,overlong]", *settings).reward)
+    punished = funcs["overlong"](completions=[""] * 4, completion_ids=[[0] * n for n in LENGTHS.tolist()])
+    assert list(funcs) == ["accuracy", "overlong"]
+    assert_close(REWARDS + torch.tensor(punished), [1.0, 0.666667, -1.0, 1.0])

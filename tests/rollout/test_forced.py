@@ -52,6 +52,12 @@ def test_shares_that_do_not_ascend_in_tokens_are_refused(budgets):
         in_tokens(budgets, 4)
 
 
+def test_shares_of_the_longest_thinking_are_rounded():
+    """0.29 * 100 is 28.999... in floating point."""
+    assert in_tokens([0.29, 1.0], 100) == [29, 100]
+    assert in_tokens([0.25, 0.5], 11) == [3, 6]
+
+
 def test_cuts():
     """Eleven tokens under budgets of 4, 8, 12, 16: the last two share the whole thinking."""
     assert cuts(11, [4, 8, 12, 16]) == {4: 1, 8: 1, 11: 2}
