@@ -1,6 +1,7 @@
 """What a forward and backward of BRPO's rows costs against plain GRPO's: added rows whole, trimmed, and packed.
 
     python scripts/bench_packing.py --thinking 128 512 1024 --answer 8 32 --turns 5
+    python scripts/bench_packing.py --model wide               two layers as wide as those of a 1.5B model
     python scripts/bench_packing.py --clock cpu                seconds that this process had of the CPU, not of the wall
 
 A trace of T thinking tokens is cut at T/4, T/2, 3T/4 and T, and four answers of S tokens follow each cut. The arms take
@@ -30,20 +31,22 @@ from rltoken.trl_compat import add_fused_lm_head
 
 PROMPT, CUTS, ANSWERS, VOCABULARY = 64, 4, 4, 8192
 ARMS = ("grpo", "rows", "trimmed", "tree")
+SHAPES = {
+    "10M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 10, "num_attention_heads": 4},
+    "wide": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 2, "num_attention_heads": 12},
+}
+"""A small model, and two of the 28 layers of Qwen2.5-1.5B, in which attention has the share that it has there."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def build_model() -> PreTrainedModel:
-    """A Llama of about 10 million parameters."""
+def build_model(shape: str) -> PreTrainedModel:
+    """A Llama with random weights, in one of `SHAPES`."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=10,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=16384,
         tie_word_embeddings=True,
+        **SHAPES[shape],
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     add_fused_lm_head(model, 1.0, outputs=("log_probs", "entropy"))
@@ -121,21 +124,23 @@ def seconds(
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def peak_megabytes(arm: str, thinking: int, answer: int, families: int) -> float:
+def peak_megabytes(shape: str, arm: str, thinking: int, answer: int, families: int) -> float:
     """What one forward and backward needs above the model: the rise of this process's largest resident size."""
-    step = steps_of(build_model(), thinking, answer, families)[arm]
+    step = steps_of(build_model(shape), thinking, answer, families)[arm]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def peaks(sizes: Iterable[tuple[int, int]], families: int, rows_up_to: int) -> dict[tuple[int, int, str], float]:
+def peaks(
+    shape: str, sizes: Iterable[tuple[int, int]], families: int, rows_up_to: int
+) -> dict[tuple[int, int, str], float]:
     """(T, S, arm) -> megabytes. To be called before this process has trained, which would leave memory to its forks."""
-    asked = [(arm, *size, families) for size in sizes for arm in measured(size[0], rows_up_to)]
+    asked = [(shape, arm, *size, families) for size in sizes for arm in measured(size[0], rows_up_to)]
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
         results = [processes.apply_async(peak_megabytes, arguments) for arguments in asked]
         found = [result.get() for result in track(results, "memory", console=Console(stderr=True))]
-    return {(thinking, answer, arm): peak for (arm, thinking, answer, _), peak in zip(asked, found, strict=True)}
+    return {(thinking, answer, arm): peak for (_, arm, thinking, answer, _), peak in zip(asked, found, strict=True)}
 
 
 def measured(thinking: int, rows_up_to: int) -> tuple[str, ...]:
@@ -148,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thinking", type=int, nargs="+", default=[128, 512, 1024], help="T, tokens")
     parser.add_argument("--answer", type=int, nargs="+", default=[8, 32], help="S, tokens of an answer")
+    parser.add_argument("--model", choices=SHAPES, default="10M", help="what is measured")
     parser.add_argument("--families", type=int, default=1, help="thinking rows")
     parser.add_argument("--turns", type=int, default=5, help="turns that count")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are: of the wall, or of the CPU")
@@ -156,8 +162,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     sizes = [(thinking, answer) for thinking in options.thinking for answer in options.answer]
-    megabytes = peaks(sizes, options.families, options.rows_up_to)
-    model = build_model()
+    megabytes = peaks(options.model, sizes, options.families, options.rows_up_to)
+    model = build_model(options.model)
     memory = [f"MB {arm}" for arm in ARMS]
     columns = ["T", "S", "grpo, s", *ARMS[1:], "tokens", "tree / tokens", *memory, "MB tree / grpo"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

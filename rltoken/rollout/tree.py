@@ -15,6 +15,7 @@ attention function; one of this module takes them, and is sdpa's where there are
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "rltoken_tree"
 """The name under which transformers finds the attention function of this module."""
 LEAST_BLOCK, BLOCKS_PER_TRUNK = 128, 8
-"""A block has an eighth of the trunk's columns, and at least 128: smaller ones compute less, and copy more keys."""
+"""A block has about an eighth of the trunk's columns, or 128 if that is more: smaller ones copy more keys."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,33 @@ class Tree:
     def rows_of(self, values: Tensor) -> Tensor:
         """[B, T, ...] what a forward gave, [R, L, ...], at the completion tokens of each row."""
         return values.flatten(0, 1)[self.places]
+
+
+class Pieces:
+    """Keys or values [R, heads, L, D], cut once wherever what some block sees begins or ends.
+
+    The gradient of a slice is as large as what it was taken from, that of a cut as the piece.
+    """
+
+    def __init__(self, states: Tensor, trunk: int, blocks: tuple[Block, ...]) -> None:
+        seams = {0, trunk, states.size(2)}.union(
+            *({block.reach, trunk + block.first, trunk + block.end} for block in blocks)
+        )
+        self._seams, self._trunk = sorted(seams), trunk
+        widths = [end - start for start, end in itertools.pairwise(self._seams)]
+        self._pieces = dict(zip(self._seams, states.split(widths, 2), strict=False))
+
+    def of_trunk(self) -> Tensor:
+        """Those of the trunk."""
+        return torch.cat(self._between(0, self._trunk), 2)
+
+    def seen_by(self, block: Block) -> Tensor:
+        """Those that a block attends to."""
+        own = self._between(self._trunk + block.first, self._trunk + block.end)
+        return torch.cat([*self._between(0, block.reach), *own], 2)
+
+    def _between(self, start: int, end: int) -> list[Tensor]:
+        return [self._pieces[seam] for seam in self._seams if start <= seam < end]
 
 
 def plant(ids: Tensor, attention: Tensor, completion_columns: int, family: Tensor, dtype: torch.dtype) -> Tree:
@@ -157,23 +185,16 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     settings.pop("is_causal", None)
     trunk = query.size(2) - (tree_blocks[-1].end if tree_blocks else 0)
-
-    def seen(states: Tensor, block: Block) -> Tensor:
-        return torch.cat([states[:, :, : block.reach], states[:, :, trunk + block.first : trunk + block.end]], 2)
-
+    queries = query.split([trunk, *(block.end - block.start for block in tree_blocks)], 2)
+    keys, values = Pieces(key, trunk, tree_blocks), Pieces(value, trunk, tree_blocks)
     of_trunk, _ = sdpa_attention_forward(
-        module, query[:, :, :trunk], key[:, :, :trunk], value[:, :, :trunk], None, is_causal=True, **settings
+        module, queries[0], keys.of_trunk(), values.of_trunk(), None, is_causal=True, **settings
     )
     of_blocks = [
         sdpa_attention_forward(
-            module,
-            query[:, :, trunk + block.start : trunk + block.end],
-            seen(key, block),
-            seen(value, block),
-            block.mask.to(query.dtype),
-            **settings,
+            module, own, keys.seen_by(block), values.seen_by(block), block.mask.to(query.dtype), **settings
         )[0]
-        for block in tree_blocks
+        for own, block in zip(queries[1:], tree_blocks, strict=True)
     ]
     return torch.cat([of_trunk, *of_blocks], 1), None
 
@@ -233,9 +254,8 @@ def _blocks(
     furthest = reach.amax(0).tolist()
     size = max(LEAST_BLOCK, trunk_columns // BLOCKS_PER_TRUNK)
     blocks = []
-    for start in range(0, owner.size(1), size):
-        end, own = min(start + size, owner.size(1)), first[start]
-        lines, until = slice(start, end), max(furthest[start:end])
+    for start, end in itertools.pairwise(_seams(begins.sum(0).tolist(), size)):
+        own, lines, until = first[start], slice(start, end), max(furthest[start:end])
         of_trunk = torch.arange(until, device=owner.device) < reach[:, lines].unsqueeze(2)
         of_branch = (owner[:, lines].unsqueeze(2) == owner[:, own:end].unsqueeze(1)) & (
             positions[:, own:end].unsqueeze(1) <= positions[:, lines].unsqueeze(2)
@@ -245,6 +265,18 @@ def _blocks(
         mask.masked_fill_(~seen, torch.finfo(dtype).min)
         blocks.append(Block(start, end, own, until, mask.unsqueeze(1)))
     return tuple(blocks)
+
+
+def _seams(begun: list[int], size: int) -> list[int]:
+    """Columns at which blocks of about `size` columns begin, and the last one's end: where most branches begin.
+
+    A block that began inside a branch would compute keys of it that are for others. `begun` [M] branches per column.
+    """
+    seams = [0]
+    while len(begun) - seams[-1] > size + size // 2:
+        near = range(seams[-1] + max(1, size // 2), seams[-1] + size + size // 2 + 1)
+        seams.append(max(near, key=lambda column: (begun[column], -abs(column - seams[-1] - size))))
+    return [*seams, len(begun)] if begun else []
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -154,6 +154,13 @@ def test_odd_families(families):
     assert_packed_equals_rows(model_of("qwen2"), families)
 
 
+def test_blocks_begin_where_most_branches_begin():
+    assert tree._seams([], 4) == []
+    assert tree._seams([0] * 6, 4) == [0, 6]
+    assert tree._seams([1] * 9, 4) == [0, 4, 9]
+    assert tree._seams([2, 0, 0, 1, 0, 2, 0, 0, 0, 0, 2, 0], 4) == [0, 5, 10, 12]
+
+
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_blocks_of_any_size(monkeypatch, size):
     """A block may begin within a branch, and hold branches of different thinking in one column."""
@@ -218,7 +225,7 @@ def test_the_comparison_sees_what_is_wrong(broken):
 
 
 def test_a_branch_sees_no_more_than_it_needs():
-    """No [L, L] mask: 400 thinking tokens and three answers of 100 make blocks of 128 columns and what these see."""
+    """No [L, L] mask: 400 thinking tokens and three answers of 100 make a block each, and what these see."""
     generator = torch.Generator().manual_seed(0)
     trunk, prompt = tokens(generator, 400), tokens(generator, 6)
     ids, mask = torch.zeros(4, 406, dtype=torch.long), torch.zeros(4, 406, dtype=torch.long)
@@ -226,14 +233,14 @@ def test_a_branch_sees_no_more_than_it_needs():
         ids[i, : 6 + len(row)], mask[i, : 6 + len(row)] = torch.tensor(prompt + row), 1
     packed = tree.plant(ids, mask, 400, torch.zeros(4, dtype=torch.long), torch.float32)
     assert [(block.start, block.end, block.first, block.reach) for block in packed.blocks] == [
-        (0, 128, 0, 205),
-        (128, 256, 101, 305),
-        (256, 303, 202, 305),
+        (0, 101, 0, 105),
+        (101, 202, 101, 205),
+        (202, 303, 202, 305),
     ]
     assert [tuple(block.mask.shape) for block in packed.blocks] == [
-        (1, 1, 128, 205 + 128),
-        (1, 1, 128, 305 + 155),
-        (1, 1, 47, 305 + 101),
+        (1, 1, 101, 105 + 101),
+        (1, 1, 101, 205 + 101),
+        (1, 1, 101, 305 + 101),
     ]
 
 
