@@ -83,6 +83,16 @@ def top_share(values: Tensor, mask: Tensor, segment: Tensor, share: float) -> Te
     return chosen
 
 
+def token_noise(mask: Tensor, rng: torch.Generator) -> Tensor:
+    """[B, T] numbers drawn uniformly from [0, 1) where `mask` [B, T] is set, 0 elsewhere.
+
+    They are drawn token by token, so that neither padding nor the number of ranks changes what is drawn.
+    """
+    noise = torch.zeros(mask.shape, device=mask.device)
+    noise[mask.bool()] = torch.rand(int(mask.sum()), generator=rng, device=mask.device)
+    return noise
+
+
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """Mean of each row's group, NaN left out; a group of nothing but NaN has mean NaN.
 

@@ -12,7 +12,7 @@ which they act:
     credits   signals -> advantages [B] or [B, T]          chain
     marks     signals -> [B] or [B, T]                     a signal of the stage's name, for the slots below
     bounds    signals -> (eps_low, eps_high)               numbers or [B, T]; the last one wins
-    weights   signals -> [B, T] or [B], >= 0               multiplied together
+    weights   signals -> [B, T] or [B] or (that, metrics)  >= 0, multiplied together
     ratios    signals -> [B, T]                            replaced old log-probabilities; the last one wins
     aux       signals -> [B, T] or [B] or (that, metrics)  losses, unreduced; added together
 
@@ -123,8 +123,38 @@ class Stage:
 
     @property
     def only_for(self) -> str | None:
-        """The published signal for which alone a rows stage samples."""
+        """The signal for which alone a stage is there: what a rows stage publishes, or `weight` of a weights stage."""
         return getattr(_bare(self.call), "only_for", None)
+
+    @property
+    def only_with(self) -> Callable[..., Any] | None:
+        """The function or class of the stage without which this one is half a method."""
+        return getattr(_bare(self.call), "only_with", None)
+
+    @property
+    def instead_of(self) -> Callable[..., Any] | None:
+        """The function or class of a stage of which this one is another form."""
+        return getattr(_bare(self.call), "instead_of", None)
+
+    @property
+    def off_policy_only(self) -> bool:
+        """Whether it changes nothing where every ratio to the policy that sampled is 1."""
+        return getattr(_bare(self.call), "off_policy_only", False)
+
+    @property
+    def among_standardised(self) -> bool:
+        """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
+        return getattr(_bare(self.call), "among_standardised", False)
+
+    @property
+    def after(self) -> int:
+        """Its setting `after`: the optimizer steps before which it changes nothing; 0 without one."""
+        parameter = inspect.signature(self.call).parameters.get("after")
+        return parameter.default if parameter is not None and isinstance(parameter.default, int) else 0
+
+    def is_of(self, call: Callable[..., Any]) -> bool:
+        """Whether it is a stage of that function or class."""
+        return _bare(self.call) is call or type(self.call) is call
 
     @property
     def around_one(self) -> bool:
@@ -226,7 +256,9 @@ class Pipeline:
         _check_kinds(self)
         _check_published(self)
         _check_marks(self)
+        _check_halves(self)
         _check_alternatives(self)
+        _check_scale(self, args)
         _check_controls(self, args)
         _check_sampling(self, args)
         _check_nothing_is_discarded(self)
@@ -240,7 +272,7 @@ class Pipeline:
                 f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
                 "sum_then_normalize."
             )
-        _warn_of_idle_bounds(self, args)
+        _warn_of_idle_stages(self, args)
 
 
 def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]], section: str = "method") -> Pipeline:
@@ -595,8 +627,18 @@ def _check_marks(pipeline: Pipeline) -> None:
             raise UserError(f"{mark.key}: no stage names '{mark.name}', so it would do nothing; leave it out.")
 
 
+def _check_halves(pipeline: Pipeline) -> None:
+    """Refuse a stage without the other one that its method is made of."""
+    for stage in pipeline.stages():
+        if stage.only_with and not any(other.is_of(stage.only_with) for other in pipeline.stages()):
+            raise UserError(
+                f"{stage.key}: alone it is half a method, whose other half is {stage.only_with.__module__}."
+                f"{stage.only_with.__name__}; choose the method whole with '+exp=...', or leave it out."
+            )
+
+
 def _check_alternatives(pipeline: Pipeline) -> None:
-    """Refuse two forms of one length reward, each of which would add its own terms."""
+    """Refuse two forms of one method, each of which would add its own terms."""
     chosen: dict[str, str] = {}
     for stage in pipeline["shapes"]:
         home = _bare(stage.call).__module__
@@ -606,6 +648,23 @@ def _check_alternatives(pipeline: Pipeline) -> None:
                 "one of them out."
             )
         chosen[home] = stage.key
+    for stage, other in itertools.permutations(pipeline.stages(), 2):
+        if stage.instead_of and other.is_of(stage.instead_of):
+            raise UserError(
+                f"{stage.key}: it is another form of {other.key}, and the two would act twice; leave one of them out."
+            )
+
+
+def _check_scale(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Refuse to mix standardised credit into TRL's advantages where these are in units of the reward."""
+    for stage in pipeline["credits"]:
+        if "advantages" not in stage.needs and THINKING in stage.kinds:
+            return  # it makes advantages of its own
+        if stage.among_standardised and args.scale_rewards == "none":
+            raise UserError(
+                f"trainer.scale_rewards: 'none' leaves advantages in units of the reward, while {stage.key} mixes them "
+                "with something in standard deviations of the group; set it to group."
+            )
 
 
 def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
@@ -677,14 +736,51 @@ def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
             )
 
 
-def _warn_of_idle_bounds(pipeline: Pipeline, args: GRPOConfig) -> None:
+def _warn_of_idle_stages(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Say which stages will change nothing, in this run or beside these stages."""
+    stages = pipeline.stages()
     updates = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
-    if pipeline["bounds"] and updates <= 1:
+    idle = [*pipeline["bounds"], *(stage for stage in stages if stage.off_policy_only)]
+    if idle and updates <= 1:
         logger.warning(
-            "%s: each window is trained in one optimizer step, where every ratio is 1 and no bound acts; set "
+            "%s: each window is trained in one optimizer step, where every ratio is 1, so it changes nothing; set "
             "trainer.num_iterations=2, or trainer.steps_per_generation above trainer.gradient_accumulation_steps.",
-            pipeline["bounds"][0].key,
+            ", ".join(stage.key for stage in idle),
         )
+    for stage in stages:
+        if 0 < args.max_steps <= stage.after:
+            logger.warning(
+                "%s.after: it begins after %d optimizer steps, and trainer.max_steps=%d ends the run before; lower it.",
+                stage.key,
+                stage.after,
+                args.max_steps,
+            )
+    for stage in pipeline["controls"]:
+        if _sets_what_is_configured(stage, args):
+            logger.warning(
+                "%s: in the first and in the last step of the run it sets what is configured anyway; begin earlier, or "
+                "raise trainer.max_steps=%d.",
+                stage.key,
+                args.max_steps,
+            )
+    for stage in pipeline["weights"]:
+        # a credit may give groups an advantage that have none by their rewards
+        if stage.only_for and not pipeline.needs(stage.only_for) and not pipeline["credits"]:
+            logger.warning(
+                "%s: it matters to stages that name '%s' alone, and there is none; add one, or leave it out.",
+                stage.key,
+                stage.only_for,
+            )
+
+
+def _sets_what_is_configured(stage: Stage, args: GRPOConfig) -> bool:
+    """Whether a control that goes by the progress alone changes nothing at either end of a run of a known length."""
+    if set(stage.needs) - {"progress"} or stage.observer or hasattr(stage.call, "state_dict") or args.max_steps <= 0:
+        return False
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    configured = {"max_completion_length": args.max_completion_length, "epsilon": args.epsilon, "epsilon_high": high}
+    ends = (Progress(step, args.max_steps) for step in (0, args.max_steps - 1))
+    return all(stage.copy().run({"progress": progress}).items() <= configured.items() for progress in ends)
 
 
 def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:

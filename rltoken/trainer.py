@@ -341,7 +341,9 @@ class TokenGRPOTrainer(SeamTrainer):
         for stage in self.pipeline.stages("weights", live=False):
             for signals in (local, world):
                 signals.put("weight", torch.ones_like(signals["advantages"]))
-            weights = non_negative(stage, *self._on_window(stage, local, world, "weight", neutral=1.0))
+            bare, found = noted(stage)
+            weights = non_negative(stage, *self._on_window(bare, local, world, "weight", neutral=1.0))
+            self._log_metrics(found)
             window["advantages"] = per_token(window["advantages"], weights) * weights
             if self.pipeline.needs("weight"):
                 window[CARRIED + "weight"] = window.get(CARRIED + "weight", 1.0) * weights
@@ -357,7 +359,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _mark(self, stage: Stage, local: Signals, world: Signals) -> None:
         """Make the signal of a mark: 0 in rows on which it does not act."""
-        bare, found = noted(stage)
+        bare, found = noted(stage, one_each=True)
         both = (local,) if world is local else (local, world)
         for signals in both:
             signals.put(stage.name, torch.zeros_like(signals["advantages"]))
@@ -576,7 +578,9 @@ class TokenGRPOTrainer(SeamTrainer):
                 inputs[name] = bound
                 signals.put(name, bound)
         for stage in self.pipeline.stages("weights", live=True):
-            (weights,) = act(stage, signals, torch.ones_like(signals["logps"]), kinds=kinds)
+            bare, found = noted(stage)
+            (weights,) = act(bare, signals, torch.ones_like(signals["logps"]), kinds=kinds)
+            self._log_metrics(found)
             weights = weights.detach().masked_fill(signals["mask"] == 0, 1.0)
             weights = non_negative(stage, finite(stage, weights))
             inputs["advantages"] = per_token(inputs["advantages"], weights) * weights
@@ -589,11 +593,9 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def _auxiliary_loss(self, stage: Stage, signals: Signals, inputs: dict[str, Any]) -> Tensor:
         """A scalar: the stage's unreduced loss, reduced as TRL reduces the policy loss, divided by the full mask."""
-        bare, found = noted(stage)
+        bare, found = noted(stage, one_each=True)
         (values,) = act(bare, signals, torch.zeros_like(signals["logps"]), kinds=signals["kind"])
-        for name, value in found.get("metrics", {}).items():
-            # of this rank: another one's micro-batch may have no row of the stage's kinds, and would wait for ever
-            self.log_window_metric(name, float(value))
+        self._log_metrics(found)
         steps = self.current_gradient_accumulation_steps
         if found.get("per_row"):
             row_share, loss_share = self._pack_shares
@@ -608,6 +610,12 @@ class TokenGRPOTrainer(SeamTrainer):
         )
         scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
         return loss * scale / steps
+
+    def _log_metrics(self, found: Mapping[str, Any]) -> None:
+        """Log what a stage gave beside its tensor, as `noted` puts it aside."""
+        for name, value in found.get("metrics", {}).items():
+            # of this rank: another one may have no row of the stage's kinds, and would wait for ever
+            self.log_window_metric(name, float(value))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch; with `pack_tokens`, of its last pack, the others having had their backward."""
@@ -759,24 +767,37 @@ class TokenGRPOTrainer(SeamTrainer):
             )
 
 
-def noted(stage: Stage) -> tuple[Stage, dict[str, Any]]:
-    """The stage returning its tensor alone, and where its `metrics` and whether that is `per_row` are put aside."""
+def noted(stage: Stage, *, one_each: bool = False) -> tuple[Stage, dict[str, Any]]:
+    """The stage returning its tensor alone, and where its `metrics` and whether that is `per_row` are put aside.
+
+    With `one_each` one number for all rows and tokens is refused.
+    """
     found: dict[str, Any] = {}
 
-    def alone(*needed: Any) -> Tensor:
-        """The stage's tensor.
+    @functools.wraps(stage.call)
+    def alone(*needed: Any) -> Any:
+        """The stage's result without its metrics.
 
         Raises:
-            UserError: it is one number.
+            UserError: it is one number, or none.
         """
-        value = stage.call(*needed)
-        value, found["metrics"] = value if isinstance(value, tuple) else (value, {})
-        if value.dim() == 0:
-            raise UserError(f"{stage.key}: the stage returned one number; return one per token or row: [B, T] or [B].")
-        found["per_row"] = value.dim() == 1
+        value, found["metrics"] = apart(stage.call(*needed))
+        dimensions = value.dim() if isinstance(value, Tensor) else 0
+        if one_each and dimensions == 0:
+            raise UserError(
+                f"{stage.key}: the stage returned one number or none; return one per token or row: [B, T] or [B]."
+            )
+        found["per_row"] = dimensions == 1
         return value
 
     return dataclasses.replace(stage, call=alone), found
+
+
+def apart(result: Any) -> tuple[Any, Mapping[str, float]]:
+    """What a stage returned and its metrics, where it returned both."""
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result
+    return result, {}
 
 
 def shape(stage: Stage, signals: Signals) -> Mapping[str, float]:
@@ -785,10 +806,7 @@ def shape(stage: Stage, signals: Signals) -> Mapping[str, float]:
     Raises:
         UserError: it is NaN where there was a reward.
     """
-    result = stage.run(signals)
-    metrics: Mapping[str, float] = {}
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
-        result, metrics = result
+    result, metrics = apart(stage.run(signals))
     shaped = fit(stage, result, signals["rewards"])
     if (shaped.isnan() & ~signals["rewards"].isnan()).any():
         raise UserError(f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it.")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What methods cost per step over stock GRPOTrainer: ratios of medians, in one process, step by step in turns.
+"""What methods cost per step over stock GRPOTrainer: ratios, in one process, step by step in turns.
 
     python scripts/bench.py                                  # the identity pipeline on the warm-started tiny world
     python scripts/bench.py --arm '+weight=forks' --arm '+exp=brpo' --common 'trainer.num_iterations=2' --steps 40
@@ -7,8 +7,9 @@
 Each arm is a method in the words of the command line, after those of --common. All trainers start from the same weights
 and seeds and take turns step by step, each with a random state of its own, so the identity pipeline samples the very
 tokens that stock GRPO samples, a second later; with trainer.learning_rate=0 every arm does that changes no logits.
-Absolute seconds depend on the machine and its neighbours; the ratios are what may be quoted, with the quartiles of the
-ratios to stock beside each.
+Absolute seconds depend on the machine and its neighbours; the ratios are what may be quoted: that of the medians, and
+the median of the paired ratios, each to stock in the same turn, with their quartiles. Where the two disagree, a
+neighbour slowed one trainer more often than another, and the paired one suffers less from it.
 
 With --clock cpu the seconds are those that the trainer's thread had of the CPU: on a machine with busy neighbours they
 are steadier than those of the wall, and leave out what other processes and devices do.
@@ -201,24 +202,30 @@ def by_window(seconds, steps, warm_up):
 
 
 def report(names, trainers, seconds, warm_up):
-    """One row per trainer: its step, the ratio to stock GRPO, its tokens, and where the time of a step went."""
+    """One row per trainer: its step, the ratios to stock GRPO, its tokens, and where the time of a step went."""
     steps, total = window_steps(trainers[0]), len(seconds[0])
     means = [by_window(own, steps, warm_up) for own in seconds]
     table = Table(title=f"{len(means[0])} windows of {steps} steps, in turns; medians of windows, parts are means")
-    for column in ("", "s a step", "ratio of medians", "quartiles of ratios", "tokens", *PHASES):
+    for column in ("", "s a step", "ratio of medians", "paired ratio", "quartiles", "tokens", *PHASES):
         table.add_column(column, justify="left" if not column else "right")
     stock = statistics.median(means[0])
     for name, trainer, own, each_step in zip(names, trainers, means, seconds, strict=True):
         median = statistics.median(own)
-        low, _, high = statistics.quantiles([a / b for a, b in zip(own, means[0], strict=True)], n=4)
+        low, paired, high = statistics.quantiles([a / b for a, b in zip(own, means[0], strict=True)], n=4)
         spent = getattr(trainer, "parts", None)
         shares = [""] * len(PHASES)
         if spent is not None:
             each = {part: seconds / (total - warm_up) for part, seconds in spent.items()}
             each[PHASES[-1]] = statistics.fmean(each_step[warm_up:]) - sum(each.values())
             shares = [f"{each[part]:.3f}" if part in each else "in the window" for part in PHASES]
-        ratio = ["", ""] if trainer is trainers[0] else [f"{median / stock:.3f}", f"{low:.3f} to {high:.3f}"]
-        table.add_row(name, f"{median:.3f}", *ratio, str(int(trainer.state.num_input_tokens_seen)), *shares)
+        ratios = [f"{median / stock:.3f}", f"{paired:.3f}", f"{low:.3f} to {high:.3f}"]
+        table.add_row(
+            name,
+            f"{median:.3f}",
+            *(["", "", ""] if trainer is trainers[0] else ratios),
+            str(int(trainer.state.num_input_tokens_seen)),
+            *shares,
+        )
     Console(width=200).print(table)
 
 

@@ -4,6 +4,7 @@
     python -m rltoken.train +exp=grpo,brpo seed=0,1,2,3,4 'model.seed=${seed}' --multirun
     python scripts/seeds.py runs/*-s* --picture curves.png
     python scripts/seeds.py runs/*-s* --level 0.9       after how many steps rollouts are right nine times in ten
+    python scripts/seeds.py runs/*-s* --metric clip_ratio/region_mean    and any other number that training logged
     python scripts/seeds.py runs/grpo-s* ev/short ev/long    runs, and runs as rltoken.evaluate asked them otherwise
     python scripts/seeds.py --evaluations evaluations/*  the same runs, by rltoken.evaluate in several ways
 
@@ -13,7 +14,8 @@ without a report are left out, and said to be. A folder of rltoken.evaluate stan
 name, and what came out, in the place of `after`; it may differ from the others in `eval.prompts` alone.
 
 While training: the accuracy of all rollouts of the run, and the entropy of the last five windows, both as logged; of
-runs with formats (docs/methods/ada_grpo.md) the shares of these in the last five windows, and the largest of them. The
+runs with formats (docs/methods/ada_grpo.md) the shares of these in the last five windows, and the largest of them; of
+what --metric names, as metrics.jsonl calls it, the mean of all steps that logged it and that of the last five. The
 level is reached at the first optimizer step at which the mean of five windows has it. A run that never does counts with
 its last step, which understates differences; how many these are stands beside it.
 """
@@ -67,7 +69,7 @@ TRAINING = {
 }
 EVALUATION = {"accuracy": ".3f", "sampled_tokens": ".1f"}
 """What is shown of an evaluation; tokens are all that were sampled for one answer, forced answers included."""
-FORMS = METRICS | TRAINING | EVALUATION
+FORMS = defaultdict(lambda: ".4f", METRICS | TRAINING | EVALUATION)
 SMOOTHED = 5
 """Windows whose mean is looked at while training: the accuracy of one is that of a few dozen completions."""
 SEEDS = {"seed", "model.seed", "model.source.seed", "sft.traces.path"}
@@ -79,7 +81,7 @@ FREE = ("eval.before", "eval.after", "eval.during.", "eval.prompts")
 """Those among them that need not: when runs are evaluated, and what their prompts ask for."""
 
 
-def read(folders, level=None):
+def read(folders, level=None, logged=()):
     """Setting -> seed -> report of the finished runs, with what `while_training` says of each as a further phase.
 
     Raises:
@@ -96,7 +98,7 @@ def read(folders, level=None):
                     f"{folder}: {key}={how.get(key)} where runs before it have {evaluated.get(key)}; compare them apart"
                 )
         evaluated = how
-        report["training"] = {} if name else while_training(folder, level)
+        report["training"] = {} if name else while_training(folder, level, logged)
         key = name + json.dumps({name: values[name] for name in sorted(values.keys() - SEEDS)}, default=str)
         label = re.sub(r"-s\d+(?=-|$)|-(model\.)?seed=\d+", "", folder.name)
         label = labels.setdefault(key, f"{label}, {name}" if name else label)
@@ -148,9 +150,10 @@ def of_all_samples(numbers):
     }
 
 
-def while_training(folder, level):
-    """Accuracy of the rollouts, entropy at the end and steps to a level, as far as a run's metrics.jsonl has them."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "rewards/accuracy/mean" in line]
+def while_training(folder, level, logged):
+    """Accuracy of the rollouts, entropy at the end, steps to a level and what `logged` names, if the run has them."""
+    steps = list(read_metrics(folder / "metrics.jsonl"))
+    lines = [line for line in steps if "rewards/accuracy/mean" in line]
     if len(lines) < SMOOTHED:
         return {}
     accuracy = [line["rewards/accuracy/mean"] for line in lines]
@@ -158,14 +161,22 @@ def while_training(folder, level):
         "rollout_accuracy": fmean(accuracy),
         "entropy": fmean(line["entropy"] for line in lines[-SMOOTHED:]),
     }
-    if logged := [name for name in FORMATS if name in lines[-1]]:
-        found |= {name: fmean(line[name] for line in lines[-SMOOTHED:]) for name in logged}
-        found["largest_format"] = max(found[name] for name in logged)
+    for name in logged:
+        values = [line[name] for line in steps if name in line]  # not only of those that sampled
+        found |= dict(zip(columns_of(name), (fmean(values), fmean(values[-SMOOTHED:])), strict=True)) if values else {}
+    if formats := [name for name in FORMATS if name in lines[-1]]:
+        found |= {name: fmean(line[name] for line in lines[-SMOOTHED:]) for name in formats}
+        found["largest_format"] = max(found[name] for name in formats)
     if level is None:
         return found
     smooth = [fmean(accuracy[end - SMOOTHED : end]) for end in range(SMOOTHED, len(accuracy) + 1)]
     reached = [line["step"] for line, value in zip(lines[SMOOTHED - 1 :], smooth, strict=True) if value >= level]
     return found | {"steps_to_level": reached[0] if reached else lines[-1]["step"], "never": not reached}
+
+
+def columns_of(name):
+    """How the mean of a logged number over all steps, and that over the last five, are called."""
+    return f"{name}, all", f"{name}, last {SMOOTHED}"
 
 
 def difference(after, before, form):
@@ -292,6 +303,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="run directories, or folders of evaluations of runs")
     parser.add_argument("--evaluations", nargs="+", type=Path, help="folders of rltoken.evaluate, to compare instead")
     parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
+    parser.add_argument("--metric", action="append", default=[], help="a number of metrics.jsonl, to compare too")
     parser.add_argument("--level", type=float, help="count the steps until rollouts have this accuracy")
     options = parser.parse_args()
     if bool(options.runs) == bool(options.evaluations):
@@ -301,10 +313,13 @@ def main() -> None:
         console.print(each_evaluation(found))
         console.print(each_pair(found, EVALUATION, "evaluation"))
         return
-    settings = read(options.runs, options.level)
+    settings = read(options.runs, options.level, options.metric)
     reports = [report for runs in settings.values() for report in runs.values()]
     metrics = known(METRICS, ("before", "after"), reports)
-    trained = known(TRAINING, ("training",), reports)
+    named = [name for metric in options.metric for name in columns_of(metric)]
+    trained = known([*TRAINING, *named], ("training",), reports)
+    if missing := sorted(set(named) - set(trained)):
+        sys.exit(f"--metric: some of the runs logged no {missing[0]}")
     if options.level is not None and "steps_to_level" not in trained:
         sys.exit("--level: some of the runs logged no accuracy, or that of fewer than five windows")
     console = Console(width=max(160, 40 + 17 * max(len(metrics), len(trained))))

@@ -100,6 +100,9 @@ def kl_cov(
     return beta * distance * high_covariance * (distance > rounding)
 
 
+kl_cov.off_policy_only = True
+
+
 def unclipped() -> tuple[float, float]:
     """A clip range that no ratio can leave."""
     return 1.0, torch.inf

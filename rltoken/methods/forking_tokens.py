@@ -11,12 +11,14 @@ The loss divides by all tokens, as TRL's `top_entropy_quantile` does, so rho = 0
 Deviation: TRL takes the quantile over each micro-batch of the live forward. `forks` takes it over the whole generation
 window under the policy that sampled, so that accumulation does not change the algorithm; `forks_microbatch` is TRL's
 reading (of one process).
+
+Control: `forks_random`, as large a share of the window, drawn at random.
 """
 
 import torch
 from torch import Tensor
 
-from rltoken.ops import quantile
+from rltoken.ops import quantile, token_noise
 from rltoken.ranges import Share
 
 
@@ -37,6 +39,20 @@ def forks(old_entropy: Tensor, mask: Tensor, *, rho: Share = 0.2) -> Tensor:
 def forks_microbatch(entropy: Tensor, mask: Tensor, *, rho: Share = 0.2) -> Tensor:
     """Keep the top `rho` of a micro-batch's tokens by the live entropy [B, T]: TRL's reading."""
     return top_entropy(entropy.detach(), mask, rho)
+
+
+def forks_random(mask: Tensor, rng: torch.Generator, *, rho: Share = 0.2) -> Tensor:
+    """Keep a random `rho` of the window's tokens, as many as `forks` keeps where no entropies are equal: its control.
+
+    Args:
+        mask: [B, T] 1 on trained tokens.
+        rng: the window's.
+        rho: share of tokens to keep, in (0, 1].
+
+    Returns:
+        [B, T] weights, 0 or 1; 0 wherever `mask` is.
+    """
+    return top_entropy(token_noise(mask, rng), mask, rho)
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:

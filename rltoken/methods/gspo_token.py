@@ -19,3 +19,6 @@ def gspo_token(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
     """[B, T] replaced old log-probs (the pipeline detaches them) from [B, T] log-probs and the [B, T] mask."""
     assert logps.shape == old_logps.shape == mask.shape
     return logps - masked_mean(logps - old_logps, mask, dim=1, keepdim=True)
+
+
+gspo_token.off_policy_only = True

@@ -107,6 +107,10 @@ def own_share(ratio: Tensor, mask: Tensor) -> Tensor:
     return ratio / masked_mean(ratio, mask, dim=1, keepdim=True).clamp(min=torch.finfo(ratio.dtype).tiny)
 
 
+sequence_ratio.only_with, own_share.only_with = own_share, sequence_ratio
+sequence_ratio.off_policy_only = own_share.off_policy_only = True
+
+
 def by_entropy(
     rewards: Tensor, correct: Tensor, entropy: Tensor, alive: Tensor, group: Tensor, *, base: float, bonus: float
 ) -> Tensor:

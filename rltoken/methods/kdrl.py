@@ -20,10 +20,11 @@ of the next token's distributions:
     detached     0                   grad KL(pi, pi_T)                    grad KL(pi_T, pi)
     live         grad KL(pi, pi_T)   grad KL(pi, pi_T) + E[w R^2/2 s]     grad KL(pi, pi_T)
 
-with s the gradient of log pi(o_t). So k1 alone teaches nothing, k3 alone is another method (forward KL), and k2 with a
-detached weight, the default, is what the paper sets out to minimise, also when a window is used for several steps; with
-`none` that is true of the first step only, which is all that the paper's on-policy runs have. `live` differentiates the
-weight too, as TRL's `use_bias_correction_kl` does with k3.
+with s the gradient of log pi(o_t). So k1 teaches nothing of the teacher, whose part in it is a constant, and is refused
+unless its weight is live; k3 alone is another method (forward KL), and k2 with a detached weight, the default, is what
+the paper sets out to minimise, also when a window is used for several steps; with `none` that is true of the first step
+only, which is all that the paper's on-policy runs have. `live` differentiates the weight too, as TRL's
+`use_bias_correction_kl` does with k3.
 
 `distilled_advantage` is the form of later papers, A_t + beta(s) m_t R_t under the policy that sampled. Its gradient on-
 policy is that of k2; off-policy TRL's clipped ratio weighs it with the rest of the advantage.
@@ -90,11 +91,16 @@ class Distillation:
             clip: nats of R beyond which the loss is a straight line.
 
         Raises:
-            ValueError: a setting that is out of range.
+            ValueError: a setting that is out of range, or k1 with a weight that is not live.
         """
         settings = {"beta": beta, "delta": delta, "beta_min": beta_min, "estimator": estimator, "clip": clip}
         settings |= {"importance": importance, "masking": masking, "normaliser": normaliser}
         check(Distillation.__init__, settings)
+        if estimator == "k1" and importance != "live":
+            raise ValueError(
+                f"importance: {importance} leaves k1 without a gradient that knows the teacher; set it to live, or set "
+                "estimator=k2"
+            )
         self.beta, self.delta, self.beta_min = beta, delta, beta_min
         self.estimator, self.importance, self.clip = estimator, importance, clip
         self.masking, self.normaliser = masking, normaliser
@@ -162,6 +168,9 @@ def distilled_advantage(
     weights = token_weights(teacher_logps, mask, correct, group, masking, normaliser)
     log_ratio = torch.where(weights > 0, teacher_logps - old_logps, torch.zeros_like(old_logps))
     return advantages + coefficient(progress.step, beta, delta, beta_min) * weights * log_ratio.clamp(-clip, clip)
+
+
+distilled_advantage.instead_of = Distillation
 
 
 def coefficient(step: int, beta: float, delta: float, beta_min: float) -> float:

@@ -18,7 +18,8 @@ they are in no loss, and their self-reward is 0 in A.
 
 Paper's settings: scale 0.1, alpha 0.1, share 0.1, least 0.1, reference -23 (-25 for OctoThinker), z <|vision_start|> of
 Qwen's tokenizer. The loss begins after a first, the mixing after a second warm-up: 0 and 200 steps for a model that
-reasons already, 200 and 400 for a base model. With trainer.scale_rewards=group, A_i is the paper's normalised reward.
+reasons already, 200 and 400 for a base model. With trainer.scale_rewards=group, A_i is the paper's normalised reward;
+with none it would be of another scale than what is mixed in, which is refused.
 
 Where paper and code disagree: the paper normalises s as it is (`clamp=false`, the default), the code clamps it to
 [0, 1] first. The code puts z into the forward of the update but not into the one that A is made of, so that there s is
@@ -136,3 +137,6 @@ def mix_self_reward(
     told = (rewards - group_mean(rewards, group)) / spread.clamp(min=torch.finfo(spread.dtype).tiny)
     mixed = (1 - share) * advantages + share * told.unsqueeze(1)
     return torch.where((spread > least).unsqueeze(1), mixed, advantages)
+
+
+mix_self_reward.among_standardised = True

@@ -308,6 +308,9 @@ def mrt(
     return rewards - group_mean(rewards.masked_fill(~terminated, torch.nan), group)
 
 
+mrt.only_with = prefix_rollouts
+
+
 def mrt_progress(rewards: Tensor, episode_progress: Tensor, *, alpha: Annotated[float, Range(least=0)] = 1.0) -> Tensor:
     """[B] reward plus alpha times the progress of the episode that follows the prefix.
 
@@ -363,6 +366,9 @@ def episode_answers(
         signals=rollout.signals | {"episodes": last, "episode_scores": scores},
         metrics=rollout.metrics | {"mrt/episodes": sum(map(len, ends)) / n, "mrt/progress": float(progress.nanmean())},
     )
+
+
+episode_answers.only_for = "episode_scores"
 
 
 def episode_credit(

@@ -36,7 +36,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rltoken.ops import group_amax, group_amin, masked_mean, top_share
+from rltoken.ops import group_amax, group_amin, masked_mean, token_noise, top_share
 from rltoken.ranges import Range, Share
 
 Coefficient = Annotated[float, Range(least=0)]
@@ -90,16 +90,16 @@ def random_tokens(mask: Tensor, rng: torch.Generator, *, rho: Share = 0.2, norma
         rng: the window's.
         rho, normaliser: as in `spine_forks`.
     """
-    # drawn token by token, so that neither padding nor the number of ranks changes what is drawn
-    noise = torch.zeros(mask.shape, device=mask.device)
-    noise[mask.bool()] = torch.rand(int(mask.sum()), generator=rng, device=mask.device)
     rows = torch.arange(mask.size(0), device=mask.device)
-    return normalised(top_share(noise, mask, rows, rho), mask, normaliser)
+    return normalised(top_share(token_noise(mask, rng), mask, rows, rho), mask, normaliser)
 
 
 def mixed_groups(rewards: Tensor, group: Tensor) -> Tensor:
     """[B] 1 for rows of groups whose rewards [B] differ, 0 where they are all equal: those groups are skipped."""
     return (group_amax(rewards, group) > group_amin(rewards, group)).float()
+
+
+mixed_groups.only_for = "weight"  # groups of equal rewards have no advantage anyway
 
 
 def normalised(chosen: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
@@ -165,6 +165,9 @@ def reference_band(
 ) -> tuple[Tensor, dict[str, float]]:
     """The same with frozen thresholds: the quantiles of the reference model's entropies [B, T] on the same forks."""
     return banded(entropy, ref_entropy, mask, weight, coef=coef, low=low, high=high, above=above, below=below)
+
+
+reference_band.instead_of = entropy_band
 
 
 def banded(

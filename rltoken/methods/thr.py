@@ -21,7 +21,11 @@ little influence. It is computed once per window, under the policy that sampled,
 all tokens nor a matrix of token pairs is made: one slice of the vocabulary is in memory at a time.
 
 A token without a score keeps the weight 1: in a group without a graded correct and a graded wrong response, and where
-`max_tokens` or `exclude_self` leaves it without one.
+`max_tokens` or `exclude_self` leaves it without one. Logged, of this rank's window:
+
+    thr/scored    share of the trained tokens that have a score; nthr/scored
+    thr/zeroed    share of the tokens with a score that get the weight 0
+    nthr/damped   share of the tokens with a score that get a weight below 1
 
 What could not be read is an option, with our reading as the default: whether tau is a minimum or a mean (`tau_mode`;
 NTHR's minimum, with the normalisation of s), whether a correct response counts towards its own tokens (`exclude_self`;
@@ -37,7 +41,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rltoken.ops import group_amin, group_mean, group_sum
+from rltoken.ops import group_amin, group_mean, group_sum, masked_mean
 from rltoken.ranges import Count, Range
 from rltoken.types import Head
 
@@ -63,8 +67,8 @@ def thr(
     vocabulary: Literal["full", "group"] = "full",
     max_tokens: Cap = None,
     elements: Count = 2**24,
-) -> Tensor:
-    """[B, T] weights from 0 to 1 + |p|: tokens of little influence get 0, the others lean towards the sign of p.
+) -> tuple[Tensor, dict[str, float]]:
+    """[B, T] weights from 0 to 1 + |p|, and metrics: tokens of little influence get 0, others lean to the sign of p.
 
     Args:
         old_hidden, old_logps, ids, mask, head, correct, rewards, group: as in `influence`.
@@ -92,7 +96,8 @@ def thr(
     hidden_reward = torch.where(correct.unsqueeze(1), scores, -scores)
     tau = threshold(scores, correct, group, tau_mode=tau_mode, beta=beta).unsqueeze(1)
     weights = (hidden_reward.abs() > tau) * (1 + p * hidden_reward.nan_to_num().sign())
-    return torch.where(scores.isnan(), 1.0, weights)
+    weights = torch.where(scores.isnan(), 1.0, weights)
+    return weights, shares(scores, mask, weights == 0, ("thr/scored", "thr/zeroed"))
 
 
 def nthr(
@@ -113,8 +118,8 @@ def nthr(
     vocabulary: Literal["full", "group"] = "full",
     max_tokens: Cap = None,
     elements: Count = 2**24,
-) -> Tensor:
-    """[B, T] weights in [0, 1]: less than 1 on tokens of wrong responses that are much like the correct ones.
+) -> tuple[Tensor, dict[str, float]]:
+    """[B, T] weights in [0, 1], and metrics: less than 1 on tokens of wrong responses much like the correct ones.
 
     Args:
         old_hidden, old_logps, ids, mask, head, correct, rewards, group: as in `influence`.
@@ -140,7 +145,15 @@ def nthr(
     q = group_mean(correct.to(scores.dtype).masked_fill(rewards.isnan(), torch.nan), group)
     weight = {"2|0.5-q|": 2 * (0.5 - q).abs(), "1-q": 1 - q, "q": q}[eta].unsqueeze(1)
     tau = threshold(scores, correct, group, tau_mode=tau_mode, beta=beta).unsqueeze(1)
-    return torch.where((scores > tau) & ~correct.unsqueeze(1), weight, 1.0)
+    weights = torch.where((scores > tau) & ~correct.unsqueeze(1), weight, 1.0)
+    return weights, shares(scores, mask, weights < 1, ("nthr/scored", "nthr/damped"))
+
+
+def shares(scores: Tensor, mask: Tensor, chosen: Tensor, names: tuple[str, str]) -> dict[str, float]:
+    """Metrics: the share of trained tokens with a score, and that of the `chosen` [B, T] bool among these, if any."""
+    known = ~scores.isnan()
+    scored = {names[0]: masked_mean(known.to(scores.dtype), mask).item()}
+    return scored | ({names[1]: masked_mean(chosen.to(scores.dtype), known).item()} if known.any() else {})
 
 
 def threshold(scores: Tensor, correct: Tensor, group: Tensor, *, tau_mode: str, beta: float) -> Tensor:

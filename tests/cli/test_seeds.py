@@ -142,6 +142,19 @@ def test_training_is_compared_too(tmp_path):
     assert found.returncode == 1 and "--level: some of the runs logged no accuracy" in found.stderr
 
 
+def test_any_number_that_was_logged_is_compared_on_demand(tmp_path):
+    """Entropies from 1 to 0.4: 0.7 over all steps and 0.6 in the last five."""
+    rollouts = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    runs = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    folders = [run_folder(tmp_path, f"{e}-tiny-s{s}", seed=s, exp=e, after=0.7, rollouts=rollouts) for e, s in runs]
+    found = seeds(*folders, "--metric", "entropy")
+    assert found.returncode == 0, found.stderr
+    cells = ["a-tiny", "2", "0.300 ± 0.000", "0.600 ± 0.000", "0.7000 ± 0.0000", "0.6000 ± 0.0000"]
+    assert cells in cells_of(found) and "entropy, last 5" in found.stdout
+    missing = seeds(*folders, "--metric", "entropi")
+    assert missing.returncode == 1 and "--metric: some of the runs logged no entropi" in missing.stderr
+
+
 def test_the_shares_of_formats_are_those_of_the_last_windows(tmp_path):
     """Six windows, of which the first does not count; the largest is that of the means."""
     rollouts, shares = [0.5] * 6, {"short": [0.9, *[0.25] * 5], "code": [0.1, 0.5, 0.5, 0.5, 1.0, 1.0]}

@@ -56,6 +56,7 @@ EVERY_GROUP = (
     "+shape=length_regularised",
     "+credit=[entropy_advantage,self_reward,group_centred]",
     "method.credits.self_reward.after=0",
+    "trainer.scale_rewards=group",
     "+mark=[high_covariance,class_balance]",
     "+bounds=clip_range",
     "+weight=[forks,forks_microbatch,thr,clip_cov]",

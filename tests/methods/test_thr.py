@@ -62,7 +62,7 @@ def test_nthr_scores_threshold_eta_and_advantages(golden):
     scores = influence(*golden, **OPTIONS | {"length_norm": False})
     assert_close(trained(scores), [0.60743, 0.354941, 0.862251, 0.607095, -0.12505])
     assert_close(threshold(scores, CORRECT, GROUP, tau_mode="min", beta=1.0).tolist(), [0.481185] * 3)
-    weights = nthr(*golden)
+    weights, _ = nthr(*golden)
     assert_close(trained(weights), [1, 1, 1, 0.333333, 1])
     assert_close(trained(weights * ADVANTAGES), [0.707107, 0.707107, 0.707107, -0.471405, -1.414214])
 
@@ -88,11 +88,11 @@ def test_thr_scores_and_threshold(golden):
     ],
 )
 def test_thr_advantages(golden, p, expected):
-    assert_close(trained(thr(*golden, p=p) * ADVANTAGES), expected)
+    assert_close(trained(thr(*golden, p=p)[0] * ADVANTAGES), expected)
 
 
 def test_without_a_threshold_p_acts_on_every_token(golden):
-    assert_close(trained(thr(*golden, tau_mode="none")), [1.1, 1.1, 1.1, 0.9, 1.1])
+    assert_close(trained(thr(*golden, tau_mode="none")[0]), [1.1, 1.1, 1.1, 0.9, 1.1])
 
 
 @pytest.fixture
@@ -134,19 +134,19 @@ def test_thresholds_by_hand(even):
     mean = threshold(scores, correct, group, tau_mode="mean", beta=1.0)
     assert mean.tolist() == [1.5625] * 3 + [2.0] * 2
     # 1.25 and 2.5 against 1.5625, and 3.75; THR of the wrong response is -1.25 and 1.25; the last group's 2 and -1
-    weights = thr(*even, p=0.5, tau_mode="mean")
+    weights, _ = thr(*even, p=0.5, tau_mode="mean")
     assert weights[:3].tolist() == [[0.0, 0.5], [1.5, 1.0], [0.0, 0.0]]
     assert weights[3:, 0].tolist() == [0.0, 0.0]
 
 
 def test_a_correct_response_without_others_keeps_its_weight_and_sets_no_threshold(even):
-    weights = thr(*even, exclude_self=True)
+    weights, _ = thr(*even, exclude_self=True)
     assert weights[3, 0] == 1.0 and weights[4, 0] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("eta", "expected"), [("2|0.5-q|", 1 / 3), ("1-q", 1 / 3), ("q", 2 / 3)])
 def test_etas(golden, eta, expected):
-    assert nthr(*golden, eta=eta)[2].tolist() == pytest.approx([expected, 1.0])
+    assert nthr(*golden, eta=eta)[0][2].tolist() == pytest.approx([expected, 1.0])
 
 
 def test_ungraded_rows_are_neither_right_nor_wrong(even):
@@ -155,7 +155,7 @@ def test_ungraded_rows_are_neither_right_nor_wrong(even):
     even[6] = torch.tensor([1.0, torch.nan, 0.0, 1.0, 0.0])
     # 1/2 (1 - 2) / 2 = -1/4 of the first response alone; q = 1/2, so eta = 0
     assert influence(*even, **OPTIONS)[2].tolist() == [-0.25, 0.25]
-    assert nthr(*even, tau_mode="none")[2].tolist() == [0.0, 0.0]
+    assert nthr(*even, tau_mode="none")[0][2].tolist() == [0.0, 0.0]
 
 
 def test_a_cap_samples_evenly_and_leaves_the_others_alone(even):
@@ -173,7 +173,7 @@ def test_a_cap_samples_evenly_and_leaves_the_others_alone(even):
     kept = capped[0].isfinite()
     expected = (0.5 * 1 + 1.5) if kept[0] else (-0.5 * 2 + 1.5)
     assert capped[1, 0] == pytest.approx(3 * expected)
-    weights = thr(*even, max_tokens=3)
+    weights, _ = thr(*even, max_tokens=3)
     assert (weights[capped.isnan()] == 1).all()
 
 

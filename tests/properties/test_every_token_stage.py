@@ -28,7 +28,7 @@ SETTINGS = {
     "aux/self_reward": ("reference=-3.0", "scale=1.0"),
 }
 """Large enough to do something on these windows; clip_cov leaves out all candidates, so that it draws nothing."""
-DRAWN = {"weight/random_tokens"}
+DRAWN = {"weight/random_tokens", "weight/forks_random"}
 """Draws row by row, so that the order of rows is part of what it draws."""
 OF_EQUALS = {"mark/high_covariance"}
 """Takes the first of equal tokens."""

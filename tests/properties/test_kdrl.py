@@ -18,7 +18,10 @@ LOSSES = {
         beta=1.0, estimator=estimator, importance=importance, masking=masking, normaliser="kept"
     )
     for estimator, importance, masking in zip(
-        ("k1", "k2", "k3") * 3, ("none",) * 3 + ("detached",) * 3 + ("live",) * 3, MASKINGS * 3, strict=True
+        ("k2", "k3", "k2", "k3", "k1", "k2", "k3"),
+        ("none",) * 2 + ("detached",) * 2 + ("live",) * 3,
+        (*MASKINGS, *MASKINGS, "none"),
+        strict=True,
     )
 }
 CREDITS = {

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from rltoken.methods.thr import nthr, thr
 from rltoken.pipeline import act, build
+from rltoken.trainer import noted
 from rltoken.types import Head
 
 VARIANTS = {
@@ -54,7 +55,7 @@ def window(seed, case="random", rows=9, tokens=6, width=4, vocabulary=7):
 
 def weights(name, signals):
     stage, options = VARIANTS[name]
-    return stage(*signals.values(), **options)
+    return stage(*signals.values(), **options)[0]
 
 
 def changed(signals, names, change):
@@ -123,8 +124,10 @@ def test_rows_of_another_kind_are_not_seen(seed):
     """The head belongs to no row, and stays when the pipeline picks the rows of a kind."""
     signals, kinds = window(seed), ["thinking", "thinking", "summary"] * 3
     (stage,) = build({"weights": {"thr": thr}})["weights"]
-    (found,) = act(stage, signals, torch.full(signals["mask"].shape, 5.0).double(), kinds=kinds)
+    bare, metrics = noted(stage)
+    (found,) = act(bare, signals, torch.full(signals["mask"].shape, 5.0).double(), kinds=kinds)
     thinking = torch.tensor([kind == "thinking" for kind in kinds])
-    expected = thr(*changed(signals, signals.keys() - {"head"}, lambda value: value[thinking]).values())
+    expected, shares = thr(*changed(signals, signals.keys() - {"head"}, lambda value: value[thinking]).values())
     torch.testing.assert_close(found[thinking], expected)
+    assert metrics["metrics"] == shares
     assert (found[~thinking] == 5.0).all()

@@ -112,7 +112,7 @@ def test_the_teacher_is_asked_once_a_window_and_never_trained(run, teacher):
     source, calls = teacher(), []
     before = {name: value.clone() for name, value in source.model.state_dict().items()}
     source.model.base_model.register_forward_hook(lambda *_: calls.append(1))
-    stages = kdrl() | kdrl("advantage")
+    stages = kdrl() | {"credits": {"of_window": lambda advantages, teacher_logps: advantages}}
     run(stages, teacher=source, num_iterations=2)
     assert len(calls) == 2, "two stages, two windows of two steps each"
     assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
@@ -155,9 +155,9 @@ def test_ends_that_the_teacher_does_not_know_are_unknown(seen, teacher, tiny):
 
 def test_unknown_tokens_reach_neither_loss_nor_weights(run, teacher, tiny):
     source = teacher(ends=frozenset({tiny[1].eos_token_id + 1}))
-    result = run(kdrl() | kdrl("advantage"), teacher=source, max_completion_length=100)
-    assert all(value.isfinite().all() for value in result.weights.values())
-    assert min(metrics["kdrl/kept"] for metrics in result.metrics if "kdrl/kept" in metrics) < 1
+    loss, advantage = (run(form, teacher=source, max_completion_length=100) for form in (kdrl(), kdrl("advantage")))
+    assert all(value.isfinite().all() for result in (loss, advantage) for value in result.weights.values())
+    assert min(metrics["kdrl/kept"] for metrics in loss.metrics if "kdrl/kept" in metrics) < 1
 
 
 class FromModel(Server):

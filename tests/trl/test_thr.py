@@ -202,7 +202,7 @@ def test_beside_brpo_it_weighs_the_thinking_rows(run):
     kept = []
 
     def look(old_hidden, old_logps, ids, mask, head, correct, rewards, group):
-        weights = thr(old_hidden, old_logps, ids, mask, head, correct, rewards, group)
+        weights, _ = thr(old_hidden, old_logps, ids, mask, head, correct, rewards, group)
         kept.append((weights, mask.clone(), rewards.clone(), group.tolist()))
         return weights
 

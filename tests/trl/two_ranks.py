@@ -68,10 +68,16 @@ METHODS = {
             "rank": whole_batch_rank,
             "length": functools.partial(length_regularised, longest=12),
         },
-        "credits": {"entropy": functools.partial(entropy_advantage, alpha=0.05)},
+        "credits": {
+            "entropy": functools.partial(entropy_advantage, alpha=0.05),
+            "kdrl": functools.partial(distilled_advantage, beta=0.5, masking="group"),
+        },
         "weights": {"forks": functools.partial(forks, rho=0.3)},
         "ratios": {"gspo": gspo_token},
-        "aux": {"bonus": functools.partial(entropy_bonus, coef=0.05)},
+        "aux": {
+            "bonus": functools.partial(entropy_bonus, coef=0.05),
+            "band": functools.partial(entropy_band, coef=0.5),
+        },
     },
     "thr": {
         "weights": {"thr": functools.partial(thr, p=0.5, max_tokens=12), "nthr": nthr},
@@ -114,14 +120,10 @@ METHODS = {
         },
         "aux": {
             "kl": masked_kl,
-            "live": functools.partial(entropy_band, coef=0.5),
-            "frozen": functools.partial(reference_band, coef=0.5),
+            "band": functools.partial(reference_band, coef=0.5),
         },
     },
-    "kdrl": {
-        "aux": {"kdrl": Distillation(beta=0.5, masking="response", normaliser="kept")},
-        "credits": {"kdrl": functools.partial(distilled_advantage, beta=0.5, masking="group")},
-    },
+    "kdrl": {"aux": {"kdrl": Distillation(beta=0.5, masking="response", normaliser="kept")}},
     "mrt": {
         "rows": {
             "mrt": functools.partial(prefix_rollouts, **EPISODES, longest=8, max_new_tokens=3, progress_answers=2),

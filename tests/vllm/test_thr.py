@@ -13,7 +13,7 @@ def test_scores_are_made_of_the_trainers_own_pass(make, untied, head, lora):
     def look(old_hidden, old_logps, ids, mask, head, correct, rewards, group):
         logits = head.logits(old_hidden.flatten(0, 1), torch.arange(head.weight.size(0)))
         made = logits.log_softmax(-1).gather(1, ids.view(-1, 1)).view_as(old_logps)
-        weights = thr(old_hidden, old_logps, ids, mask, head, correct, rewards, group, p=0.5)
+        weights, _ = thr(old_hidden, old_logps, ids, mask, head, correct, rewards, group, p=0.5)
         kept.append((((made - old_logps) * mask).abs().max().item(), weights))
         return weights
 

@@ -1,0 +1,158 @@
+"""Settings that would silently change nothing, or something else than they say, are refused or warned of."""
+
+import functools
+import logging
+import re
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from trl import GRPOConfig
+
+from rltoken.config import register_schemas, to_grpo_config
+from rltoken.errors import UserError
+from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
+from rltoken.methods.kdrl import divergence
+from rltoken.methods.spine import entropy_band, reference_band
+from rltoken.pipeline import build
+
+WITH_MARK = ("+mark=class_balance", "+aux=self_reward", "+credit=self_reward")
+
+
+def check(*overrides):
+    """Compose and check as a run does before anything is loaded."""
+    register_schemas()
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides))
+    args = to_grpo_config(cfg.trainer, output_dir="unused", seed=0)
+    build(instantiate(cfg.method, _convert_="object")).check(args)
+
+
+REFUSED = {
+    "a share of a mean ratio that nothing makes": (
+        ["+weight=own_share"],
+        r"method\.weights\.own_share: .* half a method, .*gtpo_entropy\.sequence_ratio; choose the method whole",
+    ),
+    "a mean ratio without each token's share": (
+        ["+ratio=sequence_mean"],
+        r"method\.ratios\.sequence_mean: .* half a method, .*gtpo_entropy\.own_share",
+    ),
+    "two bands": (
+        ["+aux=[entropy_band,reference_band]"],
+        r"method\.aux\.reference_band: it is another form of method\.aux\.entropy_band, .* leave one of them out",
+    ),
+    "two bands in the other order": (["+aux=[reference_band,entropy_band]"], r"method\.aux\.reference_band: "),
+    "a teacher in the loss and in the advantage": (
+        ["+aux=kdrl", "+credit=kdrl"],
+        r"method\.credits\.kdrl: it is another form of method\.aux\.kdrl",
+    ),
+    "self-rewards among rewards": (
+        ["+exp=laser_self_reward", "trainer.scale_rewards=none"],
+        r"trainer\.scale_rewards: 'none' leaves .*method\.credits\.self_reward .*; set it to group",
+    ),
+    "self-rewards among rewards that another credit transforms": (
+        [*WITH_MARK[:2], "+credit=[signed_advantage,self_reward]"],
+        r"trainer\.scale_rewards: ",
+    ),
+    "answers at episodes for nobody": (
+        ["+rows=mrt_episodes"],
+        r"method\.rows\.mrt_episodes: no stage names 'episode_scores'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    overrides, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        check(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+exp=grpo_s"],
+        ["+exp=spine"],
+        ["+exp=laser_self_reward"],
+        ["+exp=laser_self_reward", "trainer.scale_rewards=batch"],
+        [*WITH_MARK[:2], "+credit=[dler,self_reward]"],  # whose advantages are standardised, whatever TRL's are
+    ],
+    ids=str,
+)
+def test_not_refused(overrides):
+    check(*overrides)
+
+
+OFF_POLICY = "each window is trained in one optimizer step"
+WARNED = {
+    "ratios on-policy": (["+ratio=gspo_token"], rf"method\.ratios\.gspo_token: {OFF_POLICY}"),
+    "all that wait for a ratio, at once": (
+        ["+exp=kl_cov", "trainer.num_iterations=1"],
+        rf"method\.bounds\.unclipped, method\.aux\.kl_cov: {OFF_POLICY}",
+    ),
+    "a mixing that never begins": (
+        ["+exp=laser_self_reward", "trainer.max_steps=20"],
+        r"method\.credits\.self_reward\.after: it begins after 20 optimizer steps, and trainer\.max_steps=20",
+    ),
+    "limits that come after the end": (
+        ["+control=think_prune"],
+        r"method\.controls\.think_prune: in the first and in the last step .* trainer\.max_steps=60",
+    ),
+    "skipped groups that nobody asks about": (
+        ["+exp=grpo", "+weight=mixed_groups"],
+        r"method\.weights\.mixed_groups: it matters to stages that name 'weight' alone, and there is none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_warned_of(caplog, name):
+    overrides, message = WARNED[name]
+    with caplog.at_level(logging.WARNING):
+        check(*overrides)
+    (record,) = (record for record in caplog.records if record.name == "rltoken.pipeline")
+    assert re.match(message, record.getMessage())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+exp=kl_cov"],
+        ["+exp=grpo_s", "trainer.num_iterations=2"],
+        ["+exp=laser_self_reward", "trainer.max_steps=21"],
+        ["+exp=laser_self_reward", "trainer.max_steps=-1", "trainer.num_train_epochs=1"],  # nobody knows how many
+        ["+exp=think_prune"],
+        ["+control=length_schedule"],
+        ["+exp=hapo_entropy"],  # its control sets nothing until it has seen a window
+        ["+exp=spine"],
+        ["+weight=mixed_groups", "+credit=dler"],  # which may give equal rewards an advantage
+    ],
+    ids=str,
+)
+def test_what_acts_is_not_warned_of(caplog, overrides):
+    with caplog.at_level(logging.WARNING):
+        check(*overrides)
+    assert not [record for record in caplog.records if record.name == "rltoken.pipeline"]
+
+
+def test_k1_has_a_gradient_that_does_not_know_the_teacher():
+    """Why KDRL refuses it without a live weight: whatever the teacher says, the gradient is that of log pi."""
+    logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    gradients = [
+        torch.autograd.grad(divergence(teacher - logps, "k1", clip=10.0).sum(), logps)[0]
+        for teacher in (torch.tensor([-0.1, -3.0, -1.0]), torch.tensor([-4.0, -0.2, -2.0]))
+    ]
+    assert gradients[0].tolist() == gradients[1].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_halves_and_forms_may_be_settings_of_a_user():
+    """Named by hand, with settings bound, they are known by their functions."""
+    args = GRPOConfig(output_dir="unused", per_device_train_batch_size=8, num_generations=4, bf16=False, use_cpu=True)
+    own = functools.partial(own_share, kinds=("thinking",))
+    build({"weights": {"mine": own}, "ratios": {"its": sequence_ratio}}).check(args)
+    with pytest.raises(UserError, match=r"method\.weights\.mine: "):
+        build({"weights": {"mine": own}}).check(args)
+    bands = {"one": functools.partial(entropy_band, coef=0.1), "other": functools.partial(reference_band, coef=0.1)}
+    with pytest.raises(UserError, match=r"method\.aux\.other: it is another form of method\.aux\.one"):
+        build({"aux": bands}).check(args)
