@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -340,7 +341,7 @@ def _check(
         if prompt is None:
             _drop(kept, "empty problem", f"{identity}: {_short(problem)}")
         elif not unlabelled and not golds:
-            _drop(kept, "empty gold answer", f"{identity}: {_short(raw)}")
+            _drop(kept, "no gold answer", f"{identity}: {_short(raw)}")
         elif not unlabelled and not readable and not keep:
             _drop(kept, UNREADABLE, f"{identity}: {_short(golds[0] if len(golds) == 1 else golds)}")
         elif identity in ids:
@@ -400,8 +401,8 @@ def _golds(raw: object, gold: Gold) -> list[str]:
 
 
 def _gold(raw: object, gold: Gold) -> str:
-    """The gold answer in a raw value, "" where there is none."""
-    if raw is None:
+    """The gold answer in a raw value, "" where there is none: only a text or a number is one."""
+    if isinstance(raw, bool) or not isinstance(raw, str | Real):
         return ""
     text = str(raw).strip()
     _, hashes, after = text.rpartition("####")
@@ -412,7 +413,7 @@ def _gold(raw: object, gold: Gold) -> str:
 
 
 def _refuse_bad(kept: _Kept, found: Mapping[str, str | None], label: str, max_unparsable: float) -> None:
-    dropped, reasons = kept.dropped, (UNREADABLE, "empty gold answer")
+    dropped, reasons = kept.dropped, (UNREADABLE, "no gold answer")
     bad = sum(dropped[reason] for reason in reasons) + kept.unreadable
     if bad > max(1, max_unparsable * kept.seen) or (bad and not kept.rows):
         example = next(kept.examples[reason] for reason in reasons if reason in kept.examples)

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -78,7 +80,7 @@ class WholeCheckpoints:
         self._noted: dict[str, Any] | None = None
         self._rewound: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_Calls(self._restore_sums, self._note_step))
+        self.add_callback(_Calls(self._begin, self._note_step))
 
     @property
     def frozen_models(self) -> list[nn.Module]:
@@ -91,6 +93,10 @@ class WholeCheckpoints:
 
     def restore_state(self, state: dict[str, Any]) -> None:
         """Restore what `checkpoint_state` gave."""
+
+    def _begin(self) -> None:
+        self._restore_sums()
+        settle_buckets(self.model_wrapped)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, with folders where TRL, for want of hub ids, writes None."""
@@ -374,6 +380,26 @@ class SupervisedTrainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
 
     def _restore_other_sums(self, sums: Mapping[str, Any]) -> None:
         self._total_train_tokens = sums["tokens"]
+
+
+def settle_buckets(model: nn.Module) -> None:
+    """Let DDP arrange its buckets before the first step, by a backward of one token that comes to nothing.
+
+    By itself it adds up the gradients of a process's first step in one bucket, and those of all later steps in others.
+    Sums over three ranks or more are rounded by their place in a bucket, so that a resumed run, whose first step is not
+    the run's, would not be the same.
+
+    Args:
+        model: as accelerate has wrapped it; what is not DDP, or has fewer ranks, is left alone.
+    """
+    if not isinstance(model, DistributedDataParallel) or dist.get_world_size(model.process_group) < 3:
+        return
+    training = model.training
+    model.eval()  # dropout would draw
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    (model(input_ids=token).logits.sum() * 0).backward()
+    model.zero_grad(set_to_none=True)
+    model.train(training)
 
 
 def _plain(value: Any) -> Any:

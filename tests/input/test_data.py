@@ -56,6 +56,12 @@ def test_rows_get_prompt_answer_and_id_and_keep_the_rest(tmp_path):
     }
 
 
+@pytest.mark.parametrize("raw", [True, {"value": "2"}, [["2"]], ["2", None]])
+def test_only_a_text_or_a_number_is_a_gold_answer(tmp_path, raw):
+    told = refused(path=write(tmp_path / "p.jsonl", [{"problem": "1 + 1?", "answer": raw}]))
+    assert "cannot be read by the grader" in told
+
+
 def test_without_answers_the_column_is_not_looked_for(tmp_path):
     rows = [{"problem": "1 + 1?", "answer": "no number at all {"}, {"problem": "", "answer": "2"}, {"problem": "2?"}]
     data = load(path=write(tmp_path / "p.jsonl", rows), answers=False)
@@ -112,7 +118,7 @@ def test_what_is_dropped_is_counted_and_said_in_one_line(tmp_path, caplog):
     assert record.levelno == logging.WARNING
     assert record.message.endswith(
         "40 problems from 44 of 44 rows; dropped 4: 1 with repeated id (the first is p0), 1 with empty problem (the "
-        "first is e: ''), 1 with unreadable gold answer (the first is u: '???'), 1 with empty gold answer (the first "
+        "first is e: ''), 1 with unreadable gold answer (the first is u: '???'), 1 with no gold answer (the first "
         "is n: null)."
     )
 
