@@ -1,15 +1,14 @@
 """`scripts/seeds.py`: runs grouped by what differs besides seeds, paired differences, and what it refuses."""
 
+import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
 def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=(), shares=None):
@@ -40,10 +39,24 @@ def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=(), shares=N
     return folder
 
 
-def seeds(*arguments):
-    """Run the script."""
-    command = [sys.executable, ROOT / "scripts/seeds.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+@pytest.fixture
+def seeds(monkeypatch, capsys):
+    """seeds(*arguments) -> returncode, stdout, stderr of the script, in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("seeds")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["seeds.py", *map(str, arguments)])
+        code, message = 0, ""
+        try:
+            script.main()
+        except SystemExit as left:
+            code, message = (1, left.code) if isinstance(left.code, str) else (left.code or 0, "")
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=told.out, stderr=told.err + message)
+
+    return run
 
 
 def cells_of(found):
@@ -58,7 +71,7 @@ def folders(tmp_path):
     return [run_folder(tmp_path, f"{exp}-tiny-s{s}", seed=s, exp=exp, after=v) for (exp, s), v in values.items()]
 
 
-def test_settings_are_compared_over_their_seeds(folders, tmp_path):
+def test_settings_are_compared_over_their_seeds(folders, tmp_path, seeds):
     unfinished = tmp_path / "a-tiny-s2"
     unfinished.mkdir()
     found = seeds(*folders, unfinished, "--picture", tmp_path / "curves.png")
@@ -71,7 +84,7 @@ def test_settings_are_compared_over_their_seeds(folders, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
-def test_numbers_of_one_evaluation_are_compared_where_every_report_has_them(folders):
+def test_numbers_of_one_evaluation_are_compared_where_every_report_has_them(folders, seeds):
     """Of .7 and .9: the vote gains .1 and .2, mean .15, s = .0707, half width .635; before, .25 in both runs."""
     for folder, gain in zip(folders[:2], (0.1, 0.2), strict=True):
         path = folder / "report.json"
@@ -88,7 +101,7 @@ def test_numbers_of_one_evaluation_are_compared_where_every_report_has_them(fold
     assert "weighted_majority" not in seeds(*folders).stdout, "two of the four runs have none"
 
 
-def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
+def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path, seeds):
     again = run_folder(tmp_path, "again", seed=0, exp="a", after=0.8)
     found = seeds(*folders, again)
     assert found.returncode == 1 and "there are two finished runs of a-tiny with seed 0" in found.stderr
@@ -98,7 +111,7 @@ def test_a_seed_twice_and_no_run_are_refused(folders, tmp_path):
     assert found.returncode == 1 and "eval.samples=1 where runs before it have 4" in found.stderr
 
 
-def test_evaluations_of_runs_stand_for_what_they_asked(folders, tmp_path):
+def test_evaluations_of_runs_stand_for_what_they_asked(folders, tmp_path, seeds):
     """Asked otherwise, two runs with .7 and .9 after training have .6 and .7: .15 less, half width as above."""
     short = tmp_path / "short"
     short.mkdir()
@@ -120,7 +133,7 @@ def test_evaluations_of_runs_stand_for_what_they_asked(folders, tmp_path):
     assert found.returncode == 1 and "eval.samples=2 where runs before it have 4" in found.stderr
 
 
-def test_training_is_compared_too(tmp_path):
+def test_training_is_compared_too(tmp_path, seeds):
     """The means of five steps are .5, .6, .7 at the steps 10, 12 and 14 of one run, and .5 throughout of the other."""
     rises, stays = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [0.5] * 7
     runs = {("a", 0): rises, ("a", 1): rises, ("b", 0): stays, ("b", 1): stays}
@@ -142,7 +155,7 @@ def test_training_is_compared_too(tmp_path):
     assert found.returncode == 1 and "--level: some of the runs logged no accuracy" in found.stderr
 
 
-def test_any_number_that_was_logged_is_compared_on_demand(tmp_path):
+def test_any_number_that_was_logged_is_compared_on_demand(tmp_path, seeds):
     """Entropies from 1 to 0.4: 0.7 over all steps and 0.6 in the last five."""
     rollouts = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     runs = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
@@ -155,7 +168,7 @@ def test_any_number_that_was_logged_is_compared_on_demand(tmp_path):
     assert missing.returncode == 1 and "--metric: some of the runs logged no entropi" in missing.stderr
 
 
-def test_the_shares_of_formats_are_those_of_the_last_windows(tmp_path):
+def test_the_shares_of_formats_are_those_of_the_last_windows(tmp_path, seeds):
     """Six windows, of which the first does not count; the largest is that of the means."""
     rollouts, shares = [0.5] * 6, {"short": [0.9, *[0.25] * 5], "code": [0.1, 0.5, 0.5, 0.5, 1.0, 1.0]}
     folders = [
@@ -182,7 +195,7 @@ def evaluation(root, name, **models):
     return folder
 
 
-def test_ways_of_evaluation_are_compared(tmp_path):
+def test_ways_of_evaluation_are_compared(tmp_path, seeds):
     """The same differences as above: .1 and .2 in accuracy; 80 and 96 tokens of 8 answers are 10 and 12, mean 11."""
     one = evaluation(tmp_path, "short", a=(0.7, 80), b=(0.9, 96))
     other = evaluation(tmp_path, "direct", a=(0.6, 8), b=(0.7, 24))
