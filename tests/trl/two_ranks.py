@@ -153,6 +153,7 @@ SIZES = (
 )
 """Of two windows of 4 prompts x 4 generations, or one window of two steps where an exp iterates."""
 L1 = ("method.prompts.l1.least=2", "method.prompts.l1.most=8")
+TAGS = ("model.formats.direct=A", "model.formats.short=B", "model.structures=null")
 LASER = ("lowest=2", "highest=8", "interval=1")
 OWN = {
     "l1_exact": L1,
@@ -171,7 +172,7 @@ OWN = {
     "paper/campo": ["method.controls.campo.stages=[[0,6],[1,12]]"],
     "paper/think_prune": ["method.controls.think_prune.stages=[[0,12],[1,6]]"],
     "paper/hbpo": ["method.prompts.hbpo.budgets=[2,4,6,8]"],
-    "ada_grpo": ["model.formats.direct=A", "model.formats.short=B"],
+    **dict.fromkeys(("ada_grpo", "ada_grpo/grpo", "paper/ada_grpo"), TAGS),
 }
 """What an exp needs at the size of these rollouts."""
 
