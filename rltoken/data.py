@@ -88,11 +88,9 @@ def load(
         split: the hub data set's split.
         columns: `prompt`, `answer`, `id` -> the source's column, or several to look for in this order; a key that is
             missing or null means those of `COLUMNS`. Without an id column the id is made from the row's number.
-        template: the user message; `{problem}` stands for the problem. A problem that already is a list of messages
-            is taken as it is.
-        gold: how the answer column, or each item of a list in it, holds the answer: `plain`, `hash` (after the last
-            ####, as GSM8K), `boxed` (in the last box, as MATH's solutions), or `auto`: after #### if there is one, else
-            in a box, else plain.
+        template: the user message; `{problem}` stands for the problem. A list of messages is taken as it is.
+        gold: how the answer column, or each item of a list in it, holds the answer: `hash` (after the last ####, as
+            GSM8K), `boxed` (in the last box, as MATH's solutions), `plain`, or `auto`: the first of these there is.
         limit: at most this many problems, drawn with `seed`; None takes all in their order.
         seed: what `limit` draws with.
         max_unparsable: share of the problems looked at whose gold answer may be missing or unreadable before the whole

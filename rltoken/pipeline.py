@@ -83,6 +83,11 @@ ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 """The loss types of TRL whose divisor counts rows."""
 
 
+def _declared(name: str, default: Any) -> property:
+    """What a stage's function or object says of itself by an attribute of this name."""
+    return property(lambda stage: getattr(_bare(stage.call), name, default))
+
+
 @dataclass(frozen=True)
 class Stage:
     """A callable with what its signature says: the config key, the signals it names and the kinds of rows it sees.
@@ -111,40 +116,22 @@ class Stage:
         """The name under which what its `observe` returns rides along with the rows."""
         return f"{self.key}.{OBSERVED}"
 
-    @property
-    def changes_logits(self) -> bool:
-        """Whether it may set `logits`: engines are made for it before it is called."""
-        return getattr(_bare(self.call), "changes_logits", False)
-
-    @property
-    def relabels(self) -> bool:
-        """Whether it has labels of its own in place of gold: what it rewards is what counts as correct after it."""
-        return getattr(_bare(self.call), "relabels", False)
-
-    @property
-    def only_for(self) -> str | None:
-        """The signal for which alone a stage is there: what a rows stage publishes, or `weight` of a weights stage."""
-        return getattr(_bare(self.call), "only_for", None)
-
-    @property
-    def only_with(self) -> Callable[..., Any] | None:
-        """The function or class of the stage without which this one is half a method."""
-        return getattr(_bare(self.call), "only_with", None)
-
-    @property
-    def instead_of(self) -> Callable[..., Any] | None:
-        """The function or class of a stage of which this one is another form."""
-        return getattr(_bare(self.call), "instead_of", None)
-
-    @property
-    def off_policy_only(self) -> bool:
-        """Whether it changes nothing where every ratio to the policy that sampled is 1."""
-        return getattr(_bare(self.call), "off_policy_only", False)
-
-    @property
-    def among_standardised(self) -> bool:
-        """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
-        return getattr(_bare(self.call), "among_standardised", False)
+    changes_logits = _declared("changes_logits", False)
+    """Whether it may set `logits`: engines are made for it before it is called."""
+    relabels = _declared("relabels", False)
+    """Whether it has labels of its own in place of gold: what it rewards is what counts as correct after it."""
+    only_for = _declared("only_for", None)
+    """The signal for which alone a stage is there: what a rows stage publishes, or `weight` of a weights stage."""
+    only_with = _declared("only_with", None)
+    """The function or class of the stage without which this one is half a method."""
+    instead_of = _declared("instead_of", None)
+    """The function or class of a stage of which this one is another form."""
+    off_policy_only = _declared("off_policy_only", False)
+    """Whether it changes nothing where every ratio to the policy that sampled is 1."""
+    among_standardised = _declared("among_standardised", False)
+    """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
+    around_one = _declared("around_one", False)
+    """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
 
     @property
     def after(self) -> int:
@@ -155,11 +142,6 @@ class Stage:
     def is_of(self, call: Callable[..., Any]) -> bool:
         """Whether it is a stage of that function or class."""
         return _bare(self.call) is call or type(self.call) is call
-
-    @property
-    def around_one(self) -> bool:
-        """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
-        return getattr(_bare(self.call), "around_one", False)
 
     def copy(self) -> Stage:
         """The same stage with a copy of its state, to be tried without a trace."""

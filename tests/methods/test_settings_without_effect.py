@@ -21,12 +21,14 @@ WITH_MARK = ("+mark=class_balance", "+aux=self_reward", "+credit=self_reward")
 
 
 def check(*overrides):
-    """Compose and check as a run does before anything is loaded."""
+    """Compose and check as a run does before anything is loaded; the pipeline."""
     register_schemas()
     with initialize_config_module("rltoken.conf", version_base="1.3"):
         cfg = compose("config", overrides=list(overrides))
     args = to_grpo_config(cfg.trainer, output_dir="unused", seed=0)
-    build(instantiate(cfg.method, _convert_="object")).check(args)
+    pipeline = build(instantiate(cfg.method, _convert_="object"))
+    pipeline.check(args)
+    return pipeline
 
 
 REFUSED = {
@@ -81,7 +83,7 @@ def test_refused(name):
     ids=str,
 )
 def test_not_refused(overrides):
-    check(*overrides)
+    assert check(*overrides).stages()
 
 
 OFF_POLICY = "each window is trained in one optimizer step"
