@@ -40,7 +40,7 @@ def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
         config: keyword arguments of `peft.LoraConfig`; the task type is set here.
 
     Raises:
-        UserError: a keyword that `peft.LoraConfig` does not have, or a value it refuses.
+        UserError: a keyword that `peft.LoraConfig` does not have, or a value that it or the trainer refuses.
     """
     if config is None:
         return None
@@ -48,6 +48,12 @@ def lora(config: Mapping[str, object] | None) -> LoraConfig | None:
 
     names = [field.name for field in dataclasses.fields(LoraConfig)]
     settings = _known(config, names, "model.lora", "peft.LoraConfig")
+    targets = settings.get("target_modules") or []
+    if "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        raise UserError(
+            "model.lora.target_modules: log-probabilities are computed from the weights of 'lm_head' themselves, so "
+            "that its adapter would never be trained; leave it out."
+        )
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
     except (TypeError, ValueError) as error:

@@ -83,6 +83,16 @@ def top_share(values: Tensor, mask: Tensor, segment: Tensor, share: float) -> Te
     return chosen
 
 
+def over_kept(weights: Tensor, mask: Tensor) -> Tensor:
+    """Scale up `weights` so that a mean over the tokens of `mask` is one over those that they keep.
+
+    Args:
+        weights: [B, T] float, 0 or 1, 0 wherever `mask` is.
+        mask: [B, T] 0 or 1.
+    """
+    return weights * ((mask > 0).sum() / weights.sum().clamp(min=1))
+
+
 def token_noise(mask: Tensor, rng: torch.Generator) -> Tensor:
     """[B, T] numbers drawn uniformly from [0, 1) where `mask` [B, T] is set, 0 elsewhere.
 

@@ -556,7 +556,13 @@ def _check_sampling(pipeline: Pipeline, args: GRPOConfig) -> None:
     """Refuse to change logits where the back end would not, or where nothing could be compared any more."""
     if not pipeline.changes_logits:
         return
-    key = next(stage.key for stage in pipeline["controls"] if stage.changes_logits)
+    changing = next(stage for stage in pipeline["controls"] if stage.changes_logits)
+    key, temperature = changing.key, getattr(changing.call, "temperature", args.temperature)
+    if temperature != args.temperature:
+        raise UserError(
+            f"{key}.temperature: it moves around {temperature:g}, while sampling and its entropies are at "
+            f"trainer.temperature={args.temperature:g}; leave it out, and set trainer.temperature."
+        )
     if args.use_transformers_continuous_batching:
         raise UserError(
             f"trainer.use_transformers_continuous_batching: its generation takes no change of the logits, which {key} "

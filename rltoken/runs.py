@@ -67,7 +67,9 @@ def default_name(choices: Mapping[str, Any], seed: int, overrides: Sequence[str]
         for item in (item.replace("\\", "") for item in overrides)  # a sweep escapes what it hands on
         if re.split(r"[=@]", item.lstrip("+~"), maxsplit=1)[0] not in UNNAMED and not item.endswith("=${seed}")
     ]
-    parts = [str(choices.get("exp") or "run"), str(choices["scale"]), f"s{seed}", *others]
+    # of several in a list, as +exp=[a,b], Hydra's choices know nothing
+    listed = [item.partition("=")[2].strip("[]").replace(",", "+") for item in overrides if item[:5] == "+exp="]
+    parts = [str(choices.get("exp") or next(filter(None, listed), "run")), str(choices["scale"]), f"s{seed}", *others]
     name = re.sub(r"[^\w.=,+~-]+", "_", "-".join(parts))
     if len(name) <= LONGEST_NAME:
         return name

@@ -41,7 +41,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rltoken.ops import group_sum, masked_mean
+from rltoken.ops import group_sum, masked_mean, over_kept
 from rltoken.ranges import Range, check
 from rltoken.types import Progress
 
@@ -196,7 +196,7 @@ def token_weights(
     elif masking == "group":
         kept = kept & (group_sum(correct.float(), group) == 0).unsqueeze(1)
     weights = kept.to(teacher_logps.dtype)
-    return weights * ((mask > 0).sum() / weights.sum().clamp(min=1)) if normaliser == "kept" else weights
+    return over_kept(weights, mask) if normaliser == "kept" else weights
 
 
 def divergence(log_ratio: Tensor, estimator: Estimator, clip: float) -> Tensor:

@@ -36,7 +36,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from rltoken.ops import group_mean, group_std
+from rltoken.ops import group_mean, group_std, masked_mean
 from rltoken.ranges import Range
 from rltoken.types import Progress
 
@@ -96,8 +96,10 @@ def self_reward_loss(
     metrics = {
         "self_reward/error": errors.mean().item(),
         "self_reward/balanced_accuracy": hits.mean().item(),
-        "self_reward/log_prob": appended.mean().item(),
     }
+    counted = class_balance > 0
+    if counted.any():  # where a completion was cut there is no such position
+        metrics["self_reward/log_prob"] = masked_mean(appended.detach(), counted).item()
     return alpha * (progress.step >= after) * errors, metrics
 
 

@@ -36,7 +36,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from rltoken.ops import group_amax, group_amin, masked_mean, token_noise, top_share
+from rltoken.ops import group_amax, group_amin, masked_mean, over_kept, token_noise, top_share
 from rltoken.ranges import Range, Share
 
 Coefficient = Annotated[float, Range(least=0)]
@@ -105,7 +105,7 @@ mixed_groups.only_for = "weight"  # groups of equal rewards have no advantage an
 def normalised(chosen: Tensor, mask: Tensor, normaliser: Normaliser) -> Tensor:
     """[B, T] float weights of the tokens `chosen` [B, T] out of those of `mask`."""
     weights = chosen.float()
-    return weights * (mask.sum() / chosen.sum().clamp(min=1)) if normaliser == "forks" else weights
+    return over_kept(weights, mask) if normaliser == "forks" else weights
 
 
 # Auxiliary losses

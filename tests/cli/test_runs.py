@@ -162,6 +162,8 @@ def test_default_names():
     long = [runs.default_name(choices, 0, [f"data.path={'x' * 200}{i}"]) for i in (1, 2)]
     assert long[0] != long[1] and all(len(name) < 100 for name in long)
     assert "/" not in runs.default_name({"exp": "paper/brpo", "scale": "paper"}, 0, [])
+    assert runs.default_name({"scale": "tiny"}, 0, ["+exp=[thr,brpo]"]) == "thr+brpo-tiny-s0"
+    assert runs.default_name({"scale": "tiny"}, 0, ["+weight=forks"]) == "run-tiny-s0-+weight=forks"
 
 
 def test_help_and_printed_configuration(cli):

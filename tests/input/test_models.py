@@ -138,6 +138,7 @@ def test_lora_settings():
     assert refused(lora, {"layers_pattern": "x", "target_modules": "all-linear", "layers_to_transform": 1}).startswith(
         "model.lora: peft.LoraConfig refuses it"
     )
+    assert refused(lora, {"target_modules": ["q_proj", "lm_head"]}).startswith("model.lora.target_modules: ")
 
 
 def test_what_the_lora_groups_make():

@@ -20,9 +20,14 @@ def test_forks_keep_the_top_share():
     assert_close(forks_microbatch(entropy, mask, rho=0.2), [[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
 
 
-def test_forks_shrink_the_loss_since_the_divisor_counts_all_tokens():
-    kept = forks(torch.tensor([[0.1, 2.0, 0.2, 0.3, 0.9, 1.5, 0.4]]), torch.ones(1, 7, dtype=torch.long), rho=0.2)
-    assert_close(-(kept * 1.0).sum() / 7, -2 / 7)
+@pytest.mark.parametrize(("normaliser", "loss"), [("all", -2 / 7), ("forks", -1.0)])
+def test_forks_shrink_the_loss_where_the_divisor_counts_all_tokens(normaliser, loss):
+    """-0.2857 and -1.0 are the specification's, of an advantage of 1 at two of seven tokens."""
+    entropy, mask = torch.tensor([[0.1, 2.0, 0.2, 0.3, 0.9, 1.5, 0.4, 9.0]]), torch.tensor([[1] * 7 + [0]])
+    kept = forks(entropy, mask, rho=0.2, normaliser=normaliser)
+    assert_close(-(kept * 1.0).sum() / 7, loss)
+    drawn_at_random = forks_random(mask, torch.Generator().manual_seed(0), rho=0.2, normaliser=normaliser)
+    assert_close(-(drawn_at_random * 1.0).sum() / 7, loss)
 
 
 def test_random_tokens_are_the_share_of_the_window_that_forks_are():

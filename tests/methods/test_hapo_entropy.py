@@ -259,6 +259,16 @@ def test_the_exp_has_the_papers_settings_and_several_steps_a_window():
     assert weight.live and not bounds.live and pipeline.changes_logits
 
 
+def test_the_codes_reading_is_one_choice():
+    cfg, pipeline = composed("+exp=hapo_entropy/released"), built("+exp=hapo_entropy/released")
+    (control,), (credit,), (bounds,), (weight,) = (
+        pipeline[slot] for slot in ("controls", "credits", "bounds", "weights")
+    )
+    assert (control.call.form, control.call.tau, credit.call.keywords["fallback_at"]) == ("released", 0.05, 5)
+    assert (bounds.call.keywords["sign"], weight.call.sign) == ("released", "released")
+    assert bounds.call.keywords["high"] == cfg.trainer.epsilon_high == cfg.trainer.epsilon == 0.2
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -307,7 +317,7 @@ def test_settings_of_objects_out_of_range_are_refused(call, settings):
 def test_back_ends_that_would_not_follow_are_refused(changes, told):
     settings = {"output_dir": "unused", "per_device_train_batch_size": 8, "num_generations": 4, "bf16": False}
     args = GRPOConfig(use_cpu=True, **settings | changes)
-    pipeline = build({"controls": {"hapo": AdaptiveTemperature()}})
+    pipeline = build({"controls": {"hapo": AdaptiveTemperature(temperature=args.temperature)}})
     with pytest.raises(UserError, match=told):
         pipeline.check(args)
     build({}).check(args)
@@ -323,9 +333,19 @@ def test_back_ends_that_would_not_follow_are_refused(changes, told):
 )
 def test_back_ends_that_follow_are_let_pass(changes):
     settings = {"output_dir": "unused", "per_device_train_batch_size": 8, "num_generations": 4, "bf16": False}
-    pipeline = build({"controls": {"hapo": AdaptiveTemperature()}})
-    pipeline.check(GRPOConfig(use_cpu=True, **settings | changes))
+    args = GRPOConfig(use_cpu=True, **settings | changes)
+    pipeline = build({"controls": {"hapo": AdaptiveTemperature(temperature=args.temperature)}})
+    pipeline.check(args)
     assert pipeline.changes_logits
+
+
+def test_a_temperature_of_its_own_is_refused():
+    settings = {"output_dir": "unused", "per_device_train_batch_size": 8, "num_generations": 4, "bf16": False}
+    pipeline = build({"controls": {"hapo": AdaptiveTemperature(temperature=0.5)}})
+    with pytest.raises(
+        UserError, match=r"^method\.controls\.hapo\.temperature: it moves around 0.5, .*trainer\.temperature=1; "
+    ):
+        pipeline.check(GRPOConfig(use_cpu=True, **settings))
 
 
 def test_dapo_is_hapo_without_its_stages():

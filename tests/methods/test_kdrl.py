@@ -182,6 +182,18 @@ def test_what_each_gradient_is(estimator, importance, off_policy):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_k1_without_a_live_weight_teaches_nothing():
+    """Which is why it is refused: in expectation its gradient is that of a constant."""
+
+    def expected(logps):
+        return (sampled.exp() * divergence(OTHER - logps, "k1", clip=10.0) * weight(logps)).sum()
+
+    sampled, weight = LOGITS.log_softmax(0), torch.ones_like
+    torch.testing.assert_close(gradient(expected), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+    sampled, weight = OLD, lambda logps: (logps - OLD).exp().detach()
+    torch.testing.assert_close(gradient(expected), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_the_two_divergences_and_the_bias_can_be_told_apart():
     gradients = [gradient(objective) for objective in (reverse_kl, forward_kl, MEANS["k2", "live"])]
     for one, other in itertools.combinations([*gradients, torch.zeros(5)], 2):

@@ -62,8 +62,11 @@ def test_what_was_cut_or_not_graded_is_in_no_loss():
     cut = torch.tensor([False, False, True, False, True])
     assert balance(rewards, cut).tolist() == [2.5, 2.5, 0.0, 0.0, 0.0]
     logps = torch.tensor([-13.5, -20.0, -1e4, -1e4, -1e4])
-    loss, _ = self_reward_loss(logps, balance(rewards, cut), rewards == 1, START, alpha=1.0)
+    loss, metrics = self_reward_loss(logps, balance(rewards, cut), rewards == 1, START, alpha=1.0)
     assert_close(loss.mean(), (0.05**2 + 0.3**2) / 2, 1e-6)
+    assert metrics["self_reward/log_prob"] == pytest.approx((-13.5 - 20.0) / 2)
+    nobody = self_reward_loss(logps, balance(rewards, cut | True), rewards == 1, START)[1]
+    assert "self_reward/log_prob" not in nobody and nobody["self_reward/error"] == 0
 
 
 def test_a_class_alone_weighs_a_half():
