@@ -302,10 +302,8 @@ class Scripted:
         return n
 
 
-def rollout_of(traces, group_size, seed=0, step=0):
-    """Traces whose prompt is [100, number of the group]."""
-    rows = [Row([100, 100 + i // group_size], list(z), [1] * len(z), parent=i) for i, z in enumerate(traces)]
-    inputs = [{"prompt": f"p{i // group_size}", "number": i} for i in range(len(rows))]
+def ungraded(rows, inputs, group_size, seed, step):
+    """A rollout of these rows before any answer is forced."""
     return Rollout(
         inputs=inputs,
         texts=[""] * len(rows),
@@ -317,6 +315,13 @@ def rollout_of(traces, group_size, seed=0, step=0):
         graded=False,
         extras=[{}] * len(rows),
     )
+
+
+def rollout_of(traces, group_size, seed=0, step=0):
+    """Traces whose prompt is [100, number of the group]."""
+    rows = [Row([100, 100 + i // group_size], list(z), [1] * len(z), parent=i) for i, z in enumerate(traces)]
+    inputs = [{"prompt": f"p{i // group_size}", "number": i} for i in range(len(rows))]
+    return ungraded(rows, inputs, group_size, seed, step)
 
 
 def run_answers(traces, scores, budgets, *, group_size=None, **settings):
@@ -584,16 +589,7 @@ def told_apart(traces, group_size, *, seed=0, step=0):
         Row([9, i // group_size], [40 + i, *z], [1] * (1 + len(z)), [-1.0] * (1 + len(z)), parent=i)
         for i, z in enumerate(traces)
     ]
-    return Rollout(
-        inputs=[{}] * len(rows),
-        texts=[""] * len(rows),
-        rewards=torch.full((len(rows), 1), torch.nan),
-        rows=rows,
-        progress=Progress(step, 10),
-        group_size=group_size,
-        seed=seed,
-        graded=False,
-    )
+    return ungraded(rows, [{}] * len(rows), group_size, seed, step)
 
 
 def drawn(**when):
