@@ -142,6 +142,10 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> evaluate.Subject:
     evaluate.check_back_end(found[0])
     if found[0].cfg.eval.format is not None:
         raise UserError("eval.format: traces are written in the format that the model chooses; set it to null.")
+    if not found[0].cfg.data.get("answers", True):
+        raise UserError(
+            "data.answers: traces are kept where their answer is right, which gold answers tell; set it to true."
+        )
     for path in cfg.models:
         evaluate.existing_model(str(path))
     if Path(cfg.out).exists():

@@ -164,6 +164,13 @@ def test_what_cannot_be_is_refused_in_one_line(cli, tmp_path, override):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
+def test_problems_without_answers_give_no_traces(cli):
+    found = cli.star("data=jsonl", "data.path=p.jsonl", "data.answers=false")
+    assert found.status == 2 and found.err.startswith(
+        "error: data.answers: traces are kept where their answer is right"
+    )
+
+
 def test_nothing_kept_is_told(cli):
     found = cli.star(*MADE[:5], "eval.limit=1")
     assert found.status == 2 and "star: none of 2 traces is kept" in found.err
