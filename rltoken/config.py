@@ -472,7 +472,7 @@ def check_values(cfg: DictConfig) -> None:
         if value not in (None, "auto") and not value >= smallest:  # nor no number
             raise UserError(f"{key}: {value} is not possible; set it to {smallest} or more.")
     choices_of = {
-        "rollout.packing": ("auto", "rows", "tree"),
+        "rollout.packing": ("auto", "rows", "tree", "flex"),
         "rollout.normaliser": ("thinking", "all"),
         "reward.on_error": ("stop", "crash"),
     }

@@ -53,8 +53,8 @@ class TokenGRPOTrainer(SeamTrainer):
             'auto' is that, but per_device_train_batch_size x max_completion_length where there are rows stages, whose
             rows would make TRL's micro-batches many times larger.
         batch_rows: how many answers transformers samples at once where they are forced; None: all of them.
-        packing: 'rows'; 'tree' to encode what rows of a family share once (`rltoken.rollout.tree`); 'auto' is 'tree'
-            where there are rows stages and the model can.
+        packing: 'rows'; 'tree' to encode what rows of a family share once (`rltoken.rollout.tree`); 'flex', the same
+            by FlexAttention; 'auto' is 'tree' where there are rows stages and the model can.
         normaliser: 'thinking' (row and token divisors count thinking rows, so that added rows add to the numerator
             only) or 'all'.
         max_logp_difference: what vLLM's log-probabilities may differ by from the trainer's, in the mean of a window's
@@ -177,7 +177,7 @@ class TokenGRPOTrainer(SeamTrainer):
         return window
 
     def _by_family(self, rows: Sequence[Row] | None) -> contextlib.AbstractContextManager[None]:
-        """Forwards of a window's rows go by family inside the context, if there are families and packing is 'tree'."""
+        """Forwards of a window's rows go by family inside the context, if there are families and they are packed."""
         if self.packing == "rows" or not rows or all(row.kind == THINKING for row in rows):
             return contextlib.nullcontext()
         return self.families(torch.tensor([row.parent for row in rows], device=self.accelerator.device))
@@ -693,21 +693,24 @@ class TokenGRPOTrainer(SeamTrainer):
         self._last_window = LastWindow(**state["last_window"]) if state["last_window"] else None
 
     def _packing(self, packing: str) -> str:
-        """How rows are encoded: 'rows' or 'tree'.
+        """How rows are encoded: 'rows', 'tree' or 'flex'.
 
         Raises:
-            UserError: an unknown word, or 'tree' for a model that cannot.
+            UserError: an unknown word, or packed rows for a model that cannot.
         """
-        if packing not in ("auto", "rows", "tree"):
-            raise UserError(f"rollout.packing: '{packing}' is unknown; use 'auto', 'rows' or 'tree'.")
+        if packing not in ("auto", "rows", "tree", "flex"):
+            raise UserError(f"rollout.packing: '{packing}' is unknown; use 'auto', 'rows', 'tree' or 'flex'.")
         if packing == "rows" or not self.pipeline["rows"]:
             return "rows"
-        reason = self.encode_families_once()
-        if reason and packing == "tree":
-            raise UserError(f"rollout.packing: the model cannot encode packed rows: {reason}; set it to rows.")
+        flex = packing == "flex"
+        reason = self.encode_families_once(flex=flex)
+        if reason and packing != "auto":
+            fix = "tree" if flex else "rows"
+            raise UserError(f"rollout.packing: the model cannot encode packed rows: {reason}; set it to {fix}.")
         if reason:
             logger.info("Each added row is encoded whole: %s.", reason)
-        return "rows" if reason else "tree"
+            return "rows"
+        return "flex" if flex else "tree"
 
     def _auto_pack_tokens(self) -> int | None:
         if not self.pipeline["rows"] or self.is_deepspeed_enabled:

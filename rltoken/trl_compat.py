@@ -110,6 +110,7 @@ class SeamTrainer(VLLMTrainer):
         self._recorded: OldPass | None = None
         self._reference: nn.Module | None = None
         self._family: Tensor | None = None
+        self._flex = False
         self.sampled_ids: list[list[int]] = []
         model = args[0] if args else kwargs["model"]
         if isinstance(model, PeftModel) and self.needs_reference and kwargs["args"].beta == 0.0:
@@ -118,17 +119,20 @@ class SeamTrainer(VLLMTrainer):
         if self.teacher is not None:
             self.teacher = dataclasses.replace(self.teacher, model=self._made_ready(self.teacher.model))
 
-    def encode_families_once(self) -> str | None:
+    def encode_families_once(self, *, flex: bool = False) -> str | None:
         """Let forwards encode what rows of a family share once; why the model cannot, or None.
+
+        With `flex` by FlexAttention.
 
         A teacher or reference that cannot sees plain rows.
         """
         models = [self.model, self.ref_model, *self.frozen_models]
         trained, *others = [causal_of(self.accelerator.unwrap_model(model)) for model in models if model is not None]
-        reason = tree.obstacle(trained)
+        reason = tree.obstacle(trained, flex=flex)
         for model in [] if reason else [trained, *others]:
-            if tree.obstacle(model) is None:
+            if tree.obstacle(model, flex=flex) is None:
                 tree.use(model)
+        self._flex = flex
         return reason
 
     # What a subclass overrides
@@ -696,7 +700,7 @@ class SeamTrainer(VLLMTrainer):
         for family in self._family.unique().split(batch_size or len(input_ids)):
             rows = torch.isin(self._family, family).nonzero().squeeze(1)
             ids, attention = input_ids[rows], attention_mask[rows]
-            packed = tree.plant(ids, attention, logits_to_keep, self._family[rows], self.compute_dtype)
+            packed = tree.plant(ids, attention, logits_to_keep, self._family[rows], self.compute_dtype, flex=self._flex)
             with self.accelerator.autocast():
                 outputs = model(**packed.inputs, shift_labels=packed.labels, fused_lm_head=True)
             asked = [outputs.log_probs] + ([outputs.entropy] if compute_entropy else [])

@@ -3,17 +3,21 @@
     python scripts/bench_packing.py --thinking 128 512 1024 --answer 8 32 --turns 5
     python scripts/bench_packing.py --model wide               two layers as wide as those of a 1.5B model
     python scripts/bench_packing.py --clock cpu                seconds that this process had of the CPU, not of the wall
+    python scripts/bench_packing.py --device cuda --model wide --thinking 2000 4000 8000 --answer 32 118
 
 A trace of T thinking tokens is cut at T/4, T/2, 3T/4 and T, and four answers of S tokens follow each cut. The arms take
 turns in one process: `grpo` (the thinking rows alone), `rows` (all rows at the length of the longest), `trimmed` (each
-row at its own length) and `tree` (`rltoken.rollout.tree`). A ratio is that of the medians. Peak memory is that of a
-forked process of its own for each arm, above what it had before the forward; it is measured first. `tokens` is the
-ratio of token counts, which a forward without any attention would have. Lines are printed as they are measured.
+row at its own length), `tree` (`rltoken.rollout.tree`) and on a GPU `flex`, the same by FlexAttention. A ratio is that
+of the medians. Peak memory is above what was there before the forward: on a GPU what was allocated, on a CPU the
+resident size of a forked process of its own for each arm, measured first. `tokens` is the ratio of token counts, which
+a forward without any attention would have. Lines are printed as they are measured. Models are float32 on a CPU and
+bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import resource
 import statistics
@@ -30,17 +34,18 @@ from rltoken.rollout import tree
 from rltoken.trl_compat import add_fused_lm_head
 
 PROMPT, CUTS, ANSWERS, VOCABULARY = 64, 4, 4, 8192
-ARMS = ("grpo", "rows", "trimmed", "tree")
+ARMS = ("grpo", "rows", "trimmed", "tree", "flex")
 SHAPES = {
     "10M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 10, "num_attention_heads": 4},
     "wide": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 2, "num_attention_heads": 12},
 }
 """A small model, and two of the 28 layers of Qwen2.5-1.5B, in which attention has the share that it has there."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-def build_model(shape: str) -> PreTrainedModel:
-    """A Llama with random weights, in one of `SHAPES`."""
+def build_model(shape: str, device: str) -> PreTrainedModel:
+    """A Llama with random weights, in one of `SHAPES`, on a device."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         num_key_value_heads=2,
@@ -48,10 +53,10 @@ def build_model(shape: str) -> PreTrainedModel:
         tie_word_embeddings=True,
         **SHAPES[shape],
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=DTYPES[device])
     add_fused_lm_head(model, 1.0, outputs=("log_probs", "entropy"))
     tree.use(model)
-    return model.train()
+    return model.to(device).train()
 
 
 def rows_of(thinking: int, answer: int, families: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +86,7 @@ def plain(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 def steps_of(model: PreTrainedModel, thinking: int, answer: int, families: int) -> dict[str, Callable[[], None]]:
     """A forward and backward by each arm."""
-    ids, mask, family = rows_of(thinking, answer, families)
+    ids, mask, family = (values.to(model.device) for values in rows_of(thinking, answer, families))
     columns = ids.size(1) - PROMPT
 
     def grpo() -> None:
@@ -100,13 +105,13 @@ def steps_of(model: PreTrainedModel, thinking: int, answer: int, families: int) 
             chosen = lengths == length
             plain(model, ids[chosen, :length], mask[chosen, :length]).backward()
 
-    def packed() -> None:
+    def packed(*, flex: bool = False) -> None:
         """One packed row a family."""
-        grown = tree.plant(ids, mask, columns, family, torch.float32)
+        grown = tree.plant(ids, mask, columns, family, model.dtype, flex=flex)
         found = model(**grown.inputs, shift_labels=grown.labels, fused_lm_head=True)
         (grown.rows_of(found.log_probs) * mask[:, -columns:]).sum().backward()
 
-    return dict(zip(ARMS, (grpo, rows, trimmed, packed), strict=True))
+    return dict(zip(ARMS, (grpo, rows, trimmed, packed, functools.partial(packed, flex=True)), strict=True))
 
 
 def seconds(
@@ -117,35 +122,53 @@ def seconds(
     for turn in range(turns + 1):
         for name, step in steps.items():
             model.zero_grad()
+            wait(model)
             begin = clock()
             step()
+            wait(model)
             if turn:
                 found[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def peak_megabytes(shape: str, arm: str, thinking: int, answer: int, families: int) -> float:
-    """What one forward and backward needs above the model: the rise of this process's largest resident size."""
-    step = steps_of(build_model(shape), thinking, answer, families)[arm]
+def wait(model: PreTrainedModel) -> None:
+    """Until a GPU has done what it was told."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_megabytes(shape: str, device: str, arm: str, thinking: int, answer: int, families: int) -> float:
+    """What one forward and backward needs above the model: allocated on a GPU, else the rise of the resident size."""
+    step = steps_of(build_model(shape, device), thinking, answer, families)[arm]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def peaks(
-    shape: str, sizes: Iterable[tuple[int, int]], families: int, rows_up_to: int
+    shape: str, device: str, sizes: Iterable[tuple[int, int]], families: int, rows_up_to: int
 ) -> dict[tuple[int, int, str], float]:
     """(T, S, arm) -> megabytes. To be called before this process has trained, which would leave memory to its forks."""
-    asked = [(shape, arm, *size, families) for size in sizes for arm in measured(size[0], rows_up_to)]
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
-        results = [processes.apply_async(peak_megabytes, arguments) for arguments in asked]
-        found = [result.get() for result in track(results, "memory", console=Console(stderr=True))]
-    return {(thinking, answer, arm): peak for (_, arm, thinking, answer, _), peak in zip(asked, found, strict=True)}
+    asked = [(shape, device, arm, *size, families) for size in sizes for arm in measured(size[0], rows_up_to, device)]
+    console = Console(stderr=True)
+    if device == "cuda":  # which no fork can use
+        found = [peak_megabytes(*arguments) for arguments in track(asked, "memory", console=console)]
+    else:
+        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
+            results = [processes.apply_async(peak_megabytes, arguments) for arguments in asked]
+            found = [result.get() for result in track(results, "memory", console=console)]
+    return {(thinking, answer, arm): peak for (_, _, arm, thinking, answer, _), peak in zip(asked, found, strict=True)}
 
 
-def measured(thinking: int, rows_up_to: int) -> tuple[str, ...]:
-    """The arms that are measured at this length."""
-    return ARMS if thinking <= rows_up_to else ("grpo", "tree")
+def measured(thinking: int, rows_up_to: int, device: str) -> tuple[str, ...]:
+    """The arms that are measured at this length: FlexAttention has no backward on a CPU."""
+    left_out = {*(() if device == "cuda" else ("flex",)), *(() if thinking <= rows_up_to else ("rows", "trimmed"))}
+    return tuple(arm for arm in ARMS if arm not in left_out)
 
 
 def main() -> None:
@@ -154,6 +177,7 @@ def main() -> None:
     parser.add_argument("--thinking", type=int, nargs="+", default=[128, 512, 1024], help="T, tokens")
     parser.add_argument("--answer", type=int, nargs="+", default=[8, 32], help="S, tokens of an answer")
     parser.add_argument("--model", choices=SHAPES, default="10M", help="what is measured")
+    parser.add_argument("--device", choices=DTYPES, default="cpu", help="where it is measured")
     parser.add_argument("--families", type=int, default=1, help="thinking rows")
     parser.add_argument("--turns", type=int, default=5, help="turns that count")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are: of the wall, or of the CPU")
@@ -162,22 +186,23 @@ def main() -> None:
     )
     options = parser.parse_args()
     sizes = [(thinking, answer) for thinking in options.thinking for answer in options.answer]
-    megabytes = peaks(options.model, sizes, options.families, options.rows_up_to)
-    model = build_model(options.model)
-    memory = [f"MB {arm}" for arm in ARMS]
-    columns = ["T", "S", "grpo, s", *ARMS[1:], "tokens", "tree / tokens", *memory, "MB tree / grpo"]
+    megabytes = peaks(options.model, options.device, sizes, options.families, options.rows_up_to)
+    model = build_model(options.model, options.device)
+    shown = measured(0, 0, options.device)
+    columns = ["T", "S", "grpo, s", *shown[1:], "tokens", "tree / tokens", *(f"MB {arm}" for arm in shown)]
+    columns.append("MB tree / grpo")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for thinking, answer in track(sizes, "time", console=Console(stderr=True)):
-        arms = measured(thinking, options.rows_up_to)
+        arms = measured(thinking, options.rows_up_to, options.device)
         steps = {arm: step for arm, step in steps_of(model, thinking, answer, options.families).items() if arm in arms}
         medians = seconds(steps, model, options.turns, CLOCKS[options.clock])
         ratios = {arm: medians[arm] / medians["grpo"] for arm in arms}
         peak = {arm: megabytes[thinking, answer, arm] for arm in arms}
         counted = 1 + CUTS * ANSWERS * (answer + 1) / (PROMPT + thinking)
         cells = [str(thinking), str(answer), f"{medians['grpo']:.2f}"]
-        cells += [f"{ratios[arm]:.2f}" if arm in arms else "" for arm in ARMS[1:]]
+        cells += [f"{ratios[arm]:.2f}" if arm in arms else "" for arm in shown[1:]]
         cells += [f"{counted:.2f}", f"{ratios['tree'] / counted:.2f}"]
-        cells += [f"{peak[arm]:.0f}" if arm in arms else "" for arm in ARMS]
+        cells += [f"{peak[arm]:.0f}" if arm in arms else "" for arm in shown]
         cells += [f"{peak['tree'] / peak['grpo']:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 

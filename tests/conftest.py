@@ -29,3 +29,15 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real data sets at {folder}; set RLTOKEN_DATA_DIR to one")
     return folder.resolve()
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """FlexAttention with gradients on a CPU: its plain formula, which torch has and lets nobody train by."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.WrappedFlexAttention",
+        lambda training: lambda: flex_attention.flex_attention,
+    )

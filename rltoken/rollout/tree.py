@@ -9,7 +9,8 @@ states and gradients are those of the rows, to rounding.
 Attention is split, so that no [L, L] mask is made and little is computed to be masked: the trunk is causal without a
 mask, padded at the right; branch tokens attend block by block, each to the trunk as far as its branches need it and to
 its own branches, by an additive mask of its own. The blocks travel as an argument that transformers hands down to the
-attention function; one of this module takes them, and is sdpa's where there are none.
+attention function; one of this module takes them, and is sdpa's where there are none. FlexAttention, on a GPU, takes a
+BlockMask of the whole packed row in their place, made of which columns each one sees, and no mask at all is stored.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -50,14 +53,14 @@ class Tree:
     """R packed rows of L = N + M tokens: N of the longest trunk, M of the most branch tokens of a family.
 
     `ids` and `positions` are [R, L]; `labels` [R, L] is the token that each place predicts, -100 where none is asked
-    for; `blocks` cover the M branch columns; `places` [B, T] is where, in the flattened [R * L], the token is predicted
-    that a row has in a completion column (0 on padding).
+    for; `blocks` cover the M branch columns, or a BlockMask all L; `places` [B, T] is where, in the flattened [R * L],
+    the token is predicted that a row has in a completion column (0 on padding).
     """
 
     ids: Tensor
     positions: Tensor
     labels: Tensor
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block, ...] | BlockMask
     places: Tensor
 
     @property
@@ -104,14 +107,23 @@ class Pieces:
         return [self._pieces[seam] for seam in self._seams if start <= seam < end]
 
 
-def plant(ids: Tensor, attention: Tensor, completion_columns: int, family: Tensor, dtype: torch.dtype) -> Tree:
+def plant(
+    ids: Tensor,
+    attention: Tensor,
+    completion_columns: int,
+    family: Tensor,
+    dtype: torch.dtype,
+    *,
+    flex: bool = False,
+) -> Tree:
     """Pack rows by family.
 
     Args:
         ids, attention: [B, P + T] token ids and mask, prompts padded at the left, completions at the right.
         completion_columns: T.
         family: [B] number of each row's family; its first row is the trunk.
-        dtype: of the additive mask, that of the model's activations.
+        dtype: of the additive masks, that of the model's activations.
+        flex: for FlexAttention, a BlockMask in the place of blocks with masks.
     """
     rows = torch.arange(len(ids), device=ids.device)
     columns = torch.arange(ids.size(1), device=ids.device)
@@ -146,11 +158,15 @@ def plant(ids: Tensor, attention: Tensor, completion_columns: int, family: Tenso
     places = (number.unsqueeze(1) * packed.size(1) + column).masked_fill(~kept, 0)
     labels = torch.full_like(packed, -100).flatten()
     labels[places[kept]] = ids[:, -completion_columns:][kept]
+    if flex:
+        blocks = _block_mask(owner, reach, trunk_columns)
+    else:
+        blocks = _blocks(owner, positions, reach, trunk_columns, dtype)
     return Tree(
         ids=packed,
         positions=torch.cat([columns[:trunk_columns].expand(len(trunks), -1), positions], 1),
         labels=labels.view_as(packed),
-        blocks=_blocks(owner, positions, reach, trunk_columns, dtype),
+        blocks=blocks,
         places=places,
     )
 
@@ -174,7 +190,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    tree_blocks: tuple[Block, ...] | None = None,
+    tree_blocks: tuple[Block, ...] | BlockMask | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed rows by their blocks; where there are none, of anything else, transformers' sdpa.
@@ -183,6 +199,8 @@ def attention(
     """
     if tree_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if isinstance(tree_blocks, BlockMask):
+        return flex_attention_forward(module, query, key, value, tree_blocks, **settings)[0], None
     settings.pop("is_causal", None)
     trunk = query.size(2) - (tree_blocks[-1].end if tree_blocks else 0)
     queries = query.split([trunk, *(block.end - block.start for block in tree_blocks)], 2)
@@ -199,9 +217,13 @@ def attention(
     return torch.cat([of_trunk, *of_blocks], 1), None
 
 
-def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the model cannot encode packed rows, or None where it can."""
+def obstacle(model: PreTrainedModel, *, flex: bool = False) -> str | None:
+    """Why the model cannot encode packed rows, with FlexAttention if so asked, or None where it can."""
     config = model.config.get_text_config()
+    if flex and model.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU"
+    if flex and getattr(config, "attention_dropout", 0.0):
+        return "FlexAttention knows no dropout, and its attention has some"
     if config._attn_implementation not in ("sdpa", ATTENTION):
         return f"its attention is {config._attn_implementation}, and packed rows need sdpa"
     other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
@@ -265,6 +287,22 @@ def _blocks(
         mask.masked_fill_(~seen, torch.finfo(dtype).min)
         blocks.append(Block(start, end, own, until, mask.unsqueeze(1)))
     return tuple(blocks)
+
+
+def _block_mask(owner: Tensor, reach: Tensor, trunk_columns: int) -> BlockMask:
+    """What each of the N + M columns sees, for [R, M] branch columns as in `_blocks`; their padding sees column 0."""
+    trunk = torch.arange(trunk_columns, device=owner.device).expand(len(owner), -1)
+    until = torch.cat([trunk + 1, reach.masked_fill(owner < 0, 1)], 1)
+    branch = torch.cat([torch.full_like(trunk, -1), owner], 1)
+
+    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a column attends to another: to what its branch shares, and to its branch up to itself."""
+        own = (branch[row, key] == branch[row, query]) & (branch[row, query] >= 0) & (key <= query)
+        return (key < until[row, query]) | own
+
+    rows, columns = branch.shape
+    # not compiled, the mask would be made whole, [R, L, L], before it is told in blocks
+    return create_block_mask(sees, rows, None, columns, columns, owner.device, _compile=owner.is_cuda)
 
 
 def _seams(begun: list[int], size: int) -> list[int]:

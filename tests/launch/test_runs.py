@@ -46,7 +46,7 @@ def launch(config, folder, cache, *overrides, processes=2, launcher=()):
 
 def finished(*launches):
     for launched in launches:
-        told, _ = launched.communicate(timeout=280)
+        told, _ = launched.communicate(timeout=900)
         assert launched.returncode == 0, told[-4000:]
 
 

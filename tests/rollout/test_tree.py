@@ -100,13 +100,13 @@ def gradients(model, values, weights):
     return torch.autograd.grad(loss, trained)
 
 
-def assert_packed_equals_rows(model, families, *, dtype=torch.float32, tolerance=5e-6):
+def assert_packed_equals_rows(model, families, *, dtype=torch.float32, tolerance=5e-6, flex=False):
     ids, mask, family = batch(families)
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(len(ids), COMPLETION, generator=generator) * mask[:, -COMPLETION:] for _ in range(2)]
     wanted = scores(model, ids, mask)
     of_rows = gradients(model, wanted, weights)
-    packed = tree.plant(ids, mask, COMPLETION, family, dtype)
+    packed = tree.plant(ids, mask, COMPLETION, family, dtype, flex=flex)
     found = packed_scores(model, packed, mask)
     of_tree = gradients(model, found, weights)
     for value, other in zip(found, wanted, strict=True):
@@ -122,6 +122,13 @@ def assert_packed_equals_rows(model, families, *, dtype=torch.float32, tolerance
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_log_probs_entropies_and_gradients_are_those_of_rows(kind, lora, checkpointing):
     assert_packed_equals_rows(model_of(kind, lora=lora, checkpointing=checkpointing), sampled([2, 5, 9]))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_that_of_rows(flex_on_cpu, kind, checkpointing):
+    assert_packed_equals_rows(model_of(kind, lora=True, checkpointing=checkpointing), sampled([0, 2, 5, 9]), flex=True)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -263,6 +270,12 @@ def test_models_that_cannot(config, reason):
 def test_another_attention_cannot():
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"](), attn_implementation="eager")
     assert "attention is eager" in tree.obstacle(model)
+
+
+def test_flex_attention_knows_no_dropout(flex_on_cpu):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=0.1), attn_implementation="sdpa")
+    assert tree.obstacle(model) is None and "has no backward on a CPU" in tree.obstacle(model, flex=True)
+    assert "no dropout" in tree.obstacle(model.to("meta"), flex=True)
 
 
 def test_saved_models_do_not_name_it(tmp_path):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, budget_answers, thinking_only
 from rltoken.methods.forced_answer import forced_answer
+from rltoken.rollout import tree
 from rltoken.trainer import TokenGRPOTrainer
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 3, "learning_rate": 1.0}
@@ -27,11 +28,11 @@ def method(**slots):
     return stages | slots
 
 
-def assert_same_training(run, stages, *, tolerance=2e-6, **settings):
+def assert_same_training(run, stages, *, tolerance=2e-6, packing="tree", **settings):
     settings = SGD | {"loss_type": "dr_grpo"} | settings
     rows = run(stages(), packing="rows", **settings)
-    packed = run(stages(), packing="tree", **settings)
-    assert packed.trainer.packing == "tree"
+    packed = run(stages(), packing=packing, **settings)
+    assert packed.trainer.packing == packing
     assert rows.distance(packed) < tolerance
     for one, other in zip(rows.metrics, packed.metrics, strict=True):
         assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), abs=1e-6)
@@ -60,6 +61,17 @@ def assert_same_training(run, stages, *, tolerance=2e-6, **settings):
 def test_weights_are_those_of_rows(run, settings):
     slots = {"credits": settings.pop("credits")} if "credits" in settings else {}
     assert_same_training(run, functools.partial(method, **slots), **settings)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_weights_by_flex_attention(run, flex_on_cpu, monkeypatch):
+    monkeypatch.setattr(tree, "obstacle", lambda model, flex=False: None)
+    assert_same_training(run, method, packing="flex", beta=0.1)
+
+
+def test_flex_attention_on_a_cpu_is_refused(run):
+    with pytest.raises(UserError, match=r"rollout\.packing: .* no backward on a CPU; set it to tree"):
+        run(method(), packing="flex", **SGD)
 
 
 def test_signals_of_the_rows_are_the_same(run):
