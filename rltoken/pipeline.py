@@ -81,6 +81,8 @@ METHODS = "rltoken.methods."
 """Where each file has one method: two shapes of one file are two forms of the same reward."""
 ROW_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 """The loss types of TRL whose divisor counts rows."""
+RESPONSE_MEANS = ("grpo", "sapo")
+"""The loss types of TRL that average over the tokens of each response first."""
 
 
 def _declared(name: str, default: Any) -> property:
@@ -132,6 +134,8 @@ class Stage:
     """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
     around_one = _declared("around_one", False)
     """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
+    per_response = _declared("per_response", False)
+    """Whether it makes one term of a response out of the mean over its tokens, which the loss has to take."""
 
     @property
     def after(self) -> int:
@@ -246,6 +250,7 @@ class Pipeline:
         _check_nothing_is_discarded(self)
         _check_nothing_is_replaced(self)
         _check_token_credit(self, args)
+        _check_loss_type(self, args)
         _check_anchor(self, args)
         _check_added_rows(self, args)
         if self["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
@@ -545,6 +550,7 @@ def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
     for stage in pipeline["controls"]:
         settings = stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
         check_controlled(stage, settings, args.max_completion_length)
+        _refuse_low_cap(stage.key, settings.get("epsilon_high", 1.0), args)
         if settings.get("stop_at_think_end") and not pipeline["rows"]:
             raise UserError(
                 f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
@@ -697,6 +703,11 @@ def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
             f"trainer.importance_sampling_level: 'sequence' averages the ratio over a response and so erases the "
             f"per-token effect of {token_stages[0].key}; set it to 'token' and add '+ratio=gspo_token'."
         )
+
+
+def _check_loss_type(pipeline: Pipeline, args: GRPOConfig) -> None:
+    """Refuse losses in which a stage would do nothing, or something else than it says."""
+    token_stages = pipeline.stages(*TOKEN_SLOTS)
     if args.loss_type == "vespo" and (pipeline["credits"] or token_stages):
         raise UserError(
             f"trainer.loss_type: 'vespo' weighs whole sequences, so {(pipeline['credits'] or token_stages)[0].key} "
@@ -712,6 +723,32 @@ def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
             f"trainer.loss_type: 'cispo' caps the ratio at trainer.epsilon_high itself, while {around[0]} gives "
             "distances from a ratio of 1; use grpo, dr_grpo or dapo."
         )
+    means = [stage.key for stage in token_stages if stage.per_response]
+    if means and args.loss_type not in RESPONSE_MEANS:
+        raise UserError(
+            f"trainer.loss_type: '{args.loss_type}' sums over the tokens of a response, so the importance weight that "
+            f"{means[0]} makes of their mean would count once per token; use {' or '.join(RESPONSE_MEANS)}."
+        )
+    for stage in pipeline["bounds"]:
+        if not stage.needs:
+            _, cap = act(stage, {}, *torch.ones(2, 1), kinds=stage.kinds[:1])
+            _refuse_low_cap(stage.key, cap.item(), args)
+    if not pipeline["bounds"]:
+        _refuse_low_cap("trainer.epsilon_high", _epsilon_high(args), args)
+
+
+def _refuse_low_cap(key: str, cap: float, args: GRPOConfig) -> None:
+    """Refuse a distance from a ratio of 1 as the ratio at which CISPO caps."""
+    if args.loss_type == "cispo" and cap < 1:
+        raise UserError(
+            f"{key}: trainer.loss_type=cispo caps the ratio itself, here at {cap:g}, so that even on-policy, at a "
+            "ratio of 1, every update shrinks to that share; set 1 or more (TRL recommends 5), or another loss type."
+        )
+
+
+def _epsilon_high(args: GRPOConfig) -> float:
+    """The upper clip range, which is the lower one unless it is set."""
+    return args.epsilon if args.epsilon_high is None else args.epsilon_high
 
 
 def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
@@ -765,8 +802,11 @@ def _sets_what_is_configured(stage: Stage, args: GRPOConfig) -> bool:
     """Whether a control that goes by the progress alone changes nothing at either end of a run of a known length."""
     if set(stage.needs) - {"progress"} or stage.observer or hasattr(stage.call, "state_dict") or args.max_steps <= 0:
         return False
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    configured = {"max_completion_length": args.max_completion_length, "epsilon": args.epsilon, "epsilon_high": high}
+    configured = {
+        "max_completion_length": args.max_completion_length,
+        "epsilon": args.epsilon,
+        "epsilon_high": _epsilon_high(args),
+    }
     ends = (Progress(step, args.max_steps) for step in (0, args.max_steps - 1))
     return all(stage.copy().run({"progress": progress}).items() <= configured.items() for progress in ends)
 

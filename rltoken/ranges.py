@@ -5,6 +5,7 @@ alpha: Annotated[float, Range(least=0)] = 0.4           any other range
 mode: Literal["a", "b"] = "a"                           one of a few words
 template: Annotated[str, names_the_budget] = "..."      any function of the value that raises ValueError
 budgets: Annotated[list[int], up_to] = ...              its further parameters are other settings: up_to(value, longest)
+beta: Annotated[float, Idle("tau_mode", "none")] = 1.0  it changes nothing beside tau_mode=none, so there it stays 1.0
 """
 
 import functools
@@ -50,6 +51,13 @@ class Range:
         return f"{number}, or to null" if self.none else number
 
 
+class Idle:
+    """Marks a setting that changes nothing where another one, `beside`, has one of `values`: it keeps its default."""
+
+    def __init__(self, beside: str, *values: Any) -> None:
+        self.beside, self.values = beside, values
+
+
 Share = Annotated[float, Range(above=0, most=1)]
 Count = Annotated[int, Range(least=1, whole=True)]
 
@@ -60,10 +68,12 @@ def check(function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the first one that may not be what it is; begins with its name.
     """
+    function = function.func if isinstance(function, functools.partial) else function
     hints = _hints(function)
     for name, value in settings.items():
         try:
             _check(value, hints.get(name), settings)
+            _refuse_idle(value, hints.get(name), settings, default=inspect.signature(function).parameters[name].default)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {first_line(error)}") from error
 
@@ -81,10 +91,19 @@ def _check(value: Any, hint: Any, settings: Mapping[str, Any]) -> None:
         allow(value, **{other: settings[other] for other in others if other in settings})
 
 
+def _refuse_idle(value: Any, hint: Any, settings: Mapping[str, Any], *, default: Any) -> None:
+    """Refuse a value that is not the default where another setting makes it idle."""
+    for idle in getattr(hint, "__metadata__", ()):
+        if isinstance(idle, Idle) and settings[idle.beside] in idle.values and value != default:
+            raise ValueError(
+                f"{value!r} changes nothing beside {idle.beside}={settings[idle.beside]}; leave it at {default!r}, or "
+                f"change {idle.beside}"
+            )
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function, none where they name what only a type checker imports."""
-    target = function.func if isinstance(function, functools.partial) else function
     try:
-        return typing.get_type_hints(target, include_extras=True) if inspect.isroutine(target) else {}
+        return typing.get_type_hints(function, include_extras=True) if inspect.isroutine(function) else {}
     except NameError:
         return {}

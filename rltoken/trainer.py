@@ -614,8 +614,7 @@ class TokenGRPOTrainer(SeamTrainer):
     def _log_metrics(self, found: Mapping[str, Any]) -> None:
         """Log what a stage gave beside its tensor, as `noted` puts it aside."""
         for name, value in found.get("metrics", {}).items():
-            # of this rank: another one may have no row of the stage's kinds, and would wait for ever
-            self.log_window_metric(name, float(value))
+            self.log_rank_metric(name, float(value))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch; with `pack_tokens`, of its last pack, the others having had their backward."""

@@ -61,6 +61,8 @@ LOGIT_CHANGES = (
     "logits_scaling",
 )
 """Settings of a model by which TRL's fused head scales or caps logits."""
+OF_RANK = "of rank: "
+"""Before the name of a metric whose values the ranks do not share, until it is logged."""
 
 
 @dataclass
@@ -381,6 +383,19 @@ class SeamTrainer(VLLMTrainer):
     def log_window_metric(self, name: str, value: float) -> None:
         """Log a number of this window; TRL averages over the windows of a logging step."""
         self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def log_rank_metric(self, name: str, value: float) -> None:
+        """Log a number of this rank's rows, which other ranks may have none of: the mean over ranks is logged."""
+        self.log_window_metric(OF_RANK + name, value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """GRPOTrainer's, which averages what is gathered here of all ranks."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        own = {name: metrics.pop(name) for name in list(metrics) if name.startswith(OF_RANK)}
+        for of_rank in gather_list([own]):
+            for name, values in of_rank.items():
+                metrics[name.removeprefix(OF_RANK)].extend(values)
+        super().log(logs, start_time)
 
     def log_apart(self, logs: dict[str, float]) -> None:
         """Log numbers without what the windows since the last log have gathered: GRPOTrainer would log that too."""

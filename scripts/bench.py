@@ -16,6 +16,9 @@ are steadier than those of the wall, and leave out what other processes and devi
 
 A window that is used for several steps is sampled in its first one. So what is compared are means over the steps of a
 window, and all arms must use theirs equally often.
+
+With --metric NAME a column has the mean of what the steps have logged under that name: what a method costs may hang on
+what it finds, as that of THR (thr/scored) does.
 """
 
 import argparse
@@ -201,12 +204,18 @@ def by_window(seconds, steps, warm_up):
     return [statistics.fmean(seconds[i : i + steps]) for i in range(first, len(seconds) - steps + 1, steps)]
 
 
-def report(names, trainers, seconds, warm_up):
-    """One row per trainer: its step, the ratios to stock GRPO, its tokens, and where the time of a step went."""
+def mean_logged(trainer, metric):
+    """Mean over the steps that have logged the metric, as text; empty where none has."""
+    found = [entry[metric] for entry in trainer.state.log_history if metric in entry]
+    return f"{statistics.fmean(found):.3f}" if found else ""
+
+
+def report(names, trainers, seconds, warm_up, metrics=()):
+    """One row per trainer: its step, the ratios to stock, tokens, metrics, and where the time of a step went."""
     steps, total = window_steps(trainers[0]), len(seconds[0])
     means = [by_window(own, steps, warm_up) for own in seconds]
     table = Table(title=f"{len(means[0])} windows of {steps} steps, in turns; medians of windows, parts are means")
-    for column in ("", "s a step", "ratio of medians", "paired ratio", "quartiles", "tokens", *PHASES):
+    for column in ("", "s a step", "ratio of medians", "paired ratio", "quartiles", "tokens", *metrics, *PHASES):
         table.add_column(column, justify="left" if not column else "right")
     stock = statistics.median(means[0])
     for name, trainer, own, each_step in zip(names, trainers, means, seconds, strict=True):
@@ -224,6 +233,7 @@ def report(names, trainers, seconds, warm_up):
             f"{median:.3f}",
             *(["", "", ""] if trainer is trainers[0] else ratios),
             str(int(trainer.state.num_input_tokens_seen)),
+            *(mean_logged(trainer, metric) for metric in metrics),
             *shares,
         )
     Console(width=200).print(table)
@@ -250,6 +260,7 @@ def main() -> None:
     parser.add_argument("--common", default="", help="overrides of every arm, and of stock GRPO")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each trainer")
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted in the medians")
+    parser.add_argument("--metric", action="append", default=[], help="a logged metric to show, as thr/scored")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="whose seconds")
     options = parser.parse_args()
 
@@ -258,7 +269,7 @@ def main() -> None:
     cfgs = prepared(*([*quiet, *shlex.split(options.common), *shlex.split(arm)] for arm in arms))
     with tempfile.TemporaryDirectory() as scratch:
         trainers, seconds = in_turns(cfgs, scratch, options.warm_up, CLOCKS[options.clock])
-    report(["stock GRPOTrainer", *arms], trainers, seconds, options.warm_up)
+    report(["stock GRPOTrainer", *arms], trainers, seconds, options.warm_up, options.metric)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ on a correct answer in a frequent format can have a negative advantage; that is 
   not lifted above a correct one; a negative reward stays when a format is broken.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ from torch import Tensor
 
 from rltoken.ops import group_sum
 from rltoken.types import Progress
+
+logger = logging.getLogger(__name__)
 
 ANSWER = "<ANSWER>"
 """The tag around the answer of every format."""
@@ -78,6 +81,8 @@ def ada_grpo(
 ) -> tuple[Tensor, dict[str, float]]:
     """[B] rewards scaled by how rare their format is in its group, and the share of each format in the window.
 
+    It warns where every completion of the first window is broken: the model was never taught the formats.
+
     Args:
         texts: B completions.
         rewards: [B], NaN where there is none, which stays; `correct`: [B] bool; `group`: [B].
@@ -90,6 +95,13 @@ def ada_grpo(
     """
     read = [text.strip() if strip else text for text in texts]
     numbers, kept = zip(*(format_of(text, tags, structures) for text in read), strict=True)
+    if progress.step == 0 and any(texts) and not any(kept):  # all are empty where a trainer tries its stages
+        logger.warning(
+            "method.shapes.ada_grpo.tags: no completion of the first window is in a format, so that none earns "
+            "anything; teach the formats by a supervised stage, as sft=tiny or sft=paper, or set the tags with which "
+            "the model opens its completions; now they are %s.",
+            ", ".join(tags.values()),
+        )
     form = torch.tensor(numbers, device=rewards.device)
     whole = torch.tensor(kept, device=rewards.device)
     gated = torch.where(whole, rewards, rewards.clamp(max=0.0))

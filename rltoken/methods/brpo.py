@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from rltoken.ops import group_mean
-from rltoken.ranges import Count, Range, Share
+from rltoken.ranges import Count, Idle, Range, Share
 from rltoken.rng import seeded
 from rltoken.rollout.forced import Prefix, in_tokens, prefixes, sample_answers, thinking_part, well_formed
 from rltoken.types import Progress, Rollout, Row, Sampler
@@ -174,7 +174,7 @@ def brpo(
     *,
     prior: Annotated[str | Sequence[float], known_prior] = "uniform",
     mode: Literal["brpo", "v1only", "v2only", "none"] = "brpo",
-    decay: Share = 0.5,
+    decay: Annotated[Share, Idle("mode", "v2only", "none")] = 0.5,
 ) -> Tensor:
     """[B, T] budget-relative advantage of every thinking token (Eq. 7 to 9).
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from rltoken.methods.think_prune import Stages
-from rltoken.ranges import Count, Range, check
+from rltoken.ranges import Count, Idle, Range, check
 from rltoken.rewards.repetition import loop_share
 from rltoken.rollout.forced import tokens_of
 from rltoken.types import LastWindow, Progress
@@ -62,7 +62,7 @@ def are_clips(clips: Sequence[Sequence[float]], stages: Sequence[Sequence[float]
 
 Clips = Annotated[Sequence[Sequence[float]], are_clips]
 Windows = Annotated[int | None, Range(least=1, whole=True, none=True)]
-Rise = Annotated[float, Range(least=0)]
+Rise = Annotated[float, Range(least=0), Idle("windows", None)]
 PAPER = ((0, 0.5), (1200, 1.0))
 LONGEST = 32768
 
@@ -138,7 +138,7 @@ def without_loops(
     truncated: Tensor,
     *,
     reading: Literal["paper", "code"] = "paper",
-    penalty: Annotated[float, Range(least=0)] = 0.1,
+    penalty: Annotated[float, Range(least=0), Idle("reading", "paper")] = 0.1,
     min_repeats: Annotated[int, Range(least=2, whole=True)] = 2,
 ) -> tuple[Tensor, dict[str, float]]:
     """[B] rewards less what the loop costs that a completion ends in, and how much of the window is loops.

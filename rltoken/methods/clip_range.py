@@ -4,7 +4,7 @@ Paper (asymmetric range, "clip-higher"): Yu et al., "DAPO", 2025 (arXiv 2503.144
 
     min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
 
-For TRL's `cispo` loss eps_high is the absolute cap of the ratio, not a distance from 1.
+For TRL's `cispo` loss eps_high is the absolute cap of the ratio, not a distance from 1; a cap below 1 is refused.
 """
 
 from typing import Annotated

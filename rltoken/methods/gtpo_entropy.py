@@ -21,8 +21,9 @@ Where sources disagree: the notes say that correct and wrong tokens are normalis
 punishes half of the correct tokens and leaves nothing of a single wrong response. The default is one pool. The rewards
 that a position hands out sum to (base + bonus) d_t, so they are not conserved, as the paper says they are.
 
-TRL's loss is a mean over tokens, so w_i is made of two stages: the ratio has the value w_i and the token's own gradient
-(`sequence_ratio`), and a weight rho_{i,t} / w_i (`own_share`) turns that gradient into the one of w_i.
+TRL's loss of the type grpo is a mean over each response's tokens, so w_i is made of two stages: the ratio has the value
+w_i and the token's own gradient (`sequence_ratio`), and a weight rho_{i,t} / w_i (`own_share`) turns that gradient into
+the one of w_i. Losses that sum over tokens are refused.
 
 Deviations: base is multiplied by 2 r_i - 1, the same for r_i in {0, 1}, so that shaped rewards count. A group whose
 rewards are all equal has advantage 0, as in GRPO; the paper leaves such groups out when it samples. The deviation is
@@ -109,6 +110,7 @@ def own_share(ratio: Tensor, mask: Tensor) -> Tensor:
 
 sequence_ratio.only_with, own_share.only_with = own_share, sequence_ratio
 sequence_ratio.off_policy_only = own_share.off_policy_only = True
+sequence_ratio.per_response = True
 
 
 def by_entropy(

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from rltoken.ops import group_sum, masked_mean, over_kept
-from rltoken.ranges import Range, check
+from rltoken.ranges import Idle, Range, check
 from rltoken.types import Progress
 
 Coefficient = Annotated[float, Range(least=0)]
@@ -58,7 +58,7 @@ def is_a_floor(beta_min: float, beta: float) -> None:
     Range(least=0, most=beta)(beta_min)
 
 
-Floor = Annotated[float, is_a_floor]
+Floor = Annotated[float, is_a_floor, Idle("delta", 0)]
 
 
 class Distillation:
@@ -74,7 +74,7 @@ class Distillation:
         importance: Importance = "detached",
         masking: Masking = "none",
         normaliser: Normaliser = "all",
-        clip: Limit = 10.0,
+        clip: Annotated[Limit, Idle("estimator", "k1")] = 10.0,
     ) -> None:
         """Set it up.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rltoken.methods.budget_prompt import asked, column, drawn_per_group
 from rltoken.ops import gate_by_success
-from rltoken.ranges import Count, Range
+from rltoken.ranges import Count, Idle, Range
 
 SENTENCES = {"exact": " Think for {budget} tokens.", "maximum": " Think for maximum {budget} tokens."}
 ASKED = {"exact": ("exact",), "maximum": ("maximum",), "both": ("exact", "maximum")}
@@ -98,7 +98,7 @@ def l1_max(
     lengths: Tensor,
     *,
     alpha: Slope = 3e-4,
-    delta: Annotated[float, Range(least=0, most=1)] = 0.5,
+    delta: Annotated[float, Range(least=0, most=1), Idle("reading", "code")] = 0.5,
     reading: Literal["paper", "code"] = "paper",
     gated: bool = True,
 ) -> Tensor:

@@ -31,6 +31,7 @@ probability is that at the sampling temperature, and `reference` has to be measu
 docs/methods/last_token.md says.
 """
 
+import logging
 from typing import Annotated
 
 import torch
@@ -40,10 +41,14 @@ from rltoken.ops import group_mean, group_std, masked_mean
 from rltoken.ranges import Range
 from rltoken.types import Progress
 
+logger = logging.getLogger(__name__)
+
 Number = Annotated[float, Range()]
 Positive = Annotated[float, Range(above=0)]
 FromZero = Annotated[float, Range(least=0)]
 Steps = Annotated[int, Range(least=0, whole=True)]
+MOST_SPREAD, MOST_DISTANCE = 0.5, 1.0
+"""Nats: the standard deviation of what a constant may stand for, and how far that may be from the mean."""
 
 
 def self_reward(logps: Tensor | float, *, scale: float, reference: float) -> Tensor | float:
@@ -119,6 +124,8 @@ def mix_self_reward(
 ) -> Tensor:
     """[B, T] advantages, a part of them by the self-reward where it tells the responses of a group apart.
 
+    Before the first step it warns where `reference` is a poor stand-in for what the untrained model says.
+
     Args:
         advantages: [B, T].
         old_appended: [B] log-probability of the appended token under the policy that sampled.
@@ -131,6 +138,8 @@ def mix_self_reward(
         scale, reference: as in `self_reward`.
         after: optimizer steps before any mixing.
     """
+    if progress.step == 0:
+        warn_of_poor_reference(old_appended[~truncated], reference)
     if progress.step < after:
         return advantages
     rewards = self_reward(old_appended, scale=scale, reference=reference).masked_fill(truncated, 0.0)
@@ -142,3 +151,24 @@ def mix_self_reward(
 
 
 mix_self_reward.among_standardised = True
+
+
+def warn_of_poor_reference(logps: Tensor, reference: float) -> None:
+    """Warn where log-probabilities [N] of the appended token before training vary much, or lie far from `reference`."""
+    if len(logps) < 2:
+        return
+    spread, mean = (value.item() for value in torch.std_mean(logps))
+    if spread > MOST_SPREAD:
+        logger.warning(
+            "model.appended: before training the token's log-probability varies by %.2f nats (standard deviation) from "
+            "completion to completion, so that no constant stands for it; above %g set another token.",
+            spread,
+            MOST_SPREAD,
+        )
+    if abs(mean - reference) > MOST_DISTANCE:
+        logger.warning(
+            "method.aux.self_reward.reference: it is %g, and before training the log-probability of model.appended is "
+            "%.2f in the mean; set it to that.",
+            reference,
+            mean,
+        )

@@ -21,7 +21,7 @@ little influence. It is computed once per window, under the policy that sampled,
 all tokens nor a matrix of token pairs is made: one slice of the vocabulary is in memory at a time.
 
 A token without a score keeps the weight 1: in a group without a graded correct and a graded wrong response, and where
-`max_tokens` or `exclude_self` leaves it without one. Logged, of this rank's window:
+`max_tokens` or `exclude_self` leaves it without one. Logged, as means over ranks:
 
     thr/scored    share of the trained tokens that have a score; nthr/scored
     thr/zeroed    share of the tokens with a score that get the weight 0
@@ -42,10 +42,10 @@ import torch
 from torch import Tensor
 
 from rltoken.ops import group_amin, group_mean, group_sum, masked_mean
-from rltoken.ranges import Count, Range
+from rltoken.ranges import Count, Idle, Range
 from rltoken.types import Head
 
-Factor = Annotated[float, Range()]
+Factor = Annotated[float, Range(), Idle("tau_mode", "none")]
 Cap = Annotated[int | None, Range(least=1, whole=True, none=True)]
 
 

@@ -97,6 +97,18 @@ def test_formats_are_counted_within_their_group_alone():
     assert close(diversity_scale(torch.tensor([0, 1, 0, 0]), group, 0.0), [2.0, 2.0, 1.0, 1.0])
 
 
+def test_a_first_window_without_any_format_is_told(caplog):
+    """Not of later windows, nor of the empty completions with which a trainer tries its stages."""
+    untaught = ["S 2 A +3 5", "</COT> 4"] * 4
+    for texts, step in ((untaught, 1), (["", ""] * 4, 0), ([*untaught[1:], BODY["short"]], 0)):
+        ada_grpo(texts, REWARDS, REWARDS > 0.5, GROUP, Progress(step, 100))
+    assert not caplog.messages
+    ada_grpo(untaught, REWARDS, REWARDS > 0.5, GROUP, Progress(0, 100))
+    (told,) = caplog.messages
+    assert told.startswith("method.shapes.ada_grpo.tags: no completion of the first window is in a format")
+    assert "supervised stage, as sft=tiny or sft=paper" in told and "<ANSWER>, <COT>, <CODE>, <LONG_COT>" in told
+
+
 @pytest.mark.parametrize("form", TAGS)
 def test_a_written_completion_has_its_format(form):
     reasoning = {"short": "2 and 2", "code": "print(2 + 2)", "long": " Wait.\n"}.get(form)

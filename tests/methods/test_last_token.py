@@ -56,6 +56,27 @@ def test_one_right_and_three_wrong():
     assert_close(loss.mean(), 0.018333, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("logps", "reference", "told"),
+    [
+        ([-14.0, -14.6, -14.3, -2.0], -14.0, []),  # the last one was cut
+        ([-14.0, -15.1, -14.3, -2.0], -14.0, ["model.appended: "]),  # by .57, the first by .3
+        ([-14.0, -14.6, -14.3, -2.0], -13.2, ["method.aux.self_reward.reference: "]),
+        ([-14.0, -18.0, -19.0, -2.0], -23.0, ["model.appended: ", "method.aux.self_reward.reference: "]),
+        ([-14.0, -2.0, -2.0, -2.0], -23.0, []),  # one says nothing
+    ],
+)
+def test_the_first_window_tells_whether_the_reference_fits(caplog, logps, reference, told):
+    logps, cut = torch.tensor(logps), torch.tensor(logps) == -2.0
+    for step in (0, 1, 500):
+        mix_self_reward(ADVANTAGES.unsqueeze(1), logps, cut, GROUP, Progress(step, 1000), reference=reference)
+    assert len(caplog.messages) == len(told)
+    assert all(message.startswith(key) for message, key in zip(caplog.messages, told, strict=True))
+    if "method.aux.self_reward.reference: " in told:
+        mean = logps[~cut].mean().item()
+        assert f"{mean:.2f} in the mean; set it to that" in caplog.messages[-1]
+
+
 def test_what_was_cut_or_not_graded_is_in_no_loss():
     """Of five rows one right and one wrong count, at 5 / (2 * 1): the mean over five is that over the two."""
     rewards = torch.tensor([1.0, 0.0, 1.0, NAN, 0.0])

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from trl import GRPOConfig
 
@@ -16,6 +17,7 @@ from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
 from rltoken.methods.kdrl import divergence
 from rltoken.methods.spine import entropy_band, reference_band
 from rltoken.pipeline import build
+from tests.methods.configured import built
 
 WITH_MARK = ("+mark=class_balance", "+aux=self_reward", "+credit=self_reward")
 
@@ -57,6 +59,18 @@ REFUSED = {
         [*WITH_MARK[:2], "+credit=[signed_advantage,self_reward]"],
         r"trainer\.scale_rewards: ",
     ),
+    "a clip range as CISPO's cap": (
+        ["+exp=cispo", "+bounds=clip_range"],
+        r"method\.bounds\.clip_range: trainer\.loss_type=cispo caps the ratio itself, here at 0\.28, .* 1 or more",
+    ),
+    "the trainer's own clip range as CISPO's cap": (
+        ["+exp=cispo", "trainer.epsilon_high=null"],
+        r"trainer\.epsilon_high: trainer\.loss_type=cispo caps the ratio itself, here at 0\.2, ",
+    ),
+    "a control's clip range as CISPO's cap": (
+        ["+exp=cispo", "+control=campo"],
+        r"method\.controls\.campo: trainer\.loss_type=cispo caps the ratio itself, here at 0\.28, ",
+    ),
     "answers at episodes for nobody": (
         ["+rows=mrt_episodes"],
         r"method\.rows\.mrt_episodes: no stage names 'episode_scores'",
@@ -71,10 +85,44 @@ def test_refused(name):
         check(*overrides)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "bnpo", "luspo", "cispo"])
+def test_a_mean_ratio_is_refused_where_the_loss_sums_over_tokens(loss_type):
+    with pytest.raises(UserError, match=rf"trainer\.loss_type: '{loss_type}' sums .*sequence_mean .*use grpo or sapo"):
+        check("+exp=grpo_s", f"trainer.loss_type={loss_type}", "trainer.epsilon_high=5.0")
+
+
+IDLE = {
+    "+weight=thr method.weights.thr": ("tau_mode=none", "beta", 0.5, 1.0),
+    "+weight=nthr method.weights.nthr": ("tau_mode=none", "beta", 0.5, 1.0),
+    "+exp=kdrl method.aux.kdrl": ("delta=0", "beta_min", 0.001, 0.0),
+    "+exp=kdrl/advantage method.credits.kdrl": ("delta=0", "beta_min", 0.001, 0.0),
+    "+exp=kdrl/distillation method.aux.kdrl.importance=live method.aux.kdrl": ("estimator=k1", "clip", 5.0, 10.0),
+    "+exp=brpo method.credits.brpo": ("mode=v2only", "decay", 0.9, 0.5),
+    "+exp=brpo/grpo method.credits.brpo": ("mode=none", "decay", 0.9, 0.5),
+    "+shape=l1_max method.shapes.l1_max": ("reading=code", "delta", 0.25, 0.5),
+    "+shape=campo method.shapes.campo": ("reading=paper", "penalty", 0.5, 0.1),
+    "+control=campo method.controls.campo": ("windows=null", "rise", 0.1, 0.02),
+}
+"""A choice and its section -> a setting that makes another one idle, that other one, a value of it, and its default."""
+
+
+@pytest.mark.parametrize("choice", IDLE)
+def test_a_setting_that_another_one_makes_idle_keeps_its_default(choice):
+    *overrides, section = choice.split()
+    switch, idle, value, default = IDLE[choice]
+    assert built(*overrides, settings=(f"{section}.{switch}", f"{section}.{idle}={default}"))
+    told = f"{idle}: {value} changes nothing beside {switch.replace('null', 'None')}; leave it at {default}, or change "
+    with pytest.raises((UserError, InstantiationException), match=told):  # a class is made by Hydra, which wraps it
+        built(*overrides, settings=(f"{section}.{switch}", f"{section}.{idle}={value}"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ["+exp=grpo_s"],
+        ["+exp=grpo_s", "trainer.loss_type=sapo"],
+        ["+exp=cispo", "+bounds=clip_range", "method.bounds.clip_range.high=1.0"],
+        ["+exp=cispo", "+bounds=unclipped"],
         ["+exp=spine"],
         ["+exp=laser_self_reward"],
         ["+exp=laser_self_reward", "trainer.scale_rewards=batch"],
@@ -150,7 +198,8 @@ def test_k1_has_a_gradient_that_does_not_know_the_teacher():
 
 def test_halves_and_forms_may_be_settings_of_a_user():
     """Named by hand, with settings bound, they are known by their functions."""
-    args = GRPOConfig(output_dir="unused", per_device_train_batch_size=8, num_generations=4, bf16=False, use_cpu=True)
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "bf16": False, "use_cpu": True}
+    args = GRPOConfig(output_dir="unused", loss_type="grpo", **settings)
     own = functools.partial(own_share, kinds=("thinking",))
     build({"weights": {"mine": own}, "ratios": {"its": sequence_ratio}}).check(args)
     with pytest.raises(UserError, match=r"method\.weights\.mine: "):

@@ -212,7 +212,7 @@ def test_the_subclass_hides_no_new_name():
         "_generate_and_score_completions", "_generate", "_generate_single_turn", "_calculate_rewards", "_compute_loss",
         "_get_per_token_logps_and_entropies", "_save_checkpoint", "_load_optimizer_and_scheduler", "_get_train_sampler",
         "_get_output_dir", "_push_from_checkpoint", "_issue_warnings_after_load", "_run_epoch", "_save", "compute_loss",
-        "evaluate", "create_model_card", "_get_grad_norm",
+        "evaluate", "create_model_card", "_get_grad_norm", "log",
     }  # fmt: skip
     assert ours & theirs == seams
 

@@ -102,6 +102,7 @@ def test_two_ranks_equal_one(results, start, arm, case):
     assert (case == "stages/hapo") == ("method.controls.hapo.pivot" in numbers), "the state of stages is compared too"
     if case == "stages/campo":
         assert numbers["method.controls.campo.stage"] == 1 and len(numbers["method.controls.campo.lengths"]) == 1
+    assert (case == "stages/thr") == ("mean_reward" in numbers), "so is a metric that each rank has of its own rows"
     if case == "exp/dynamic_sampling":
         assert numbers["cursor"] > 0, "prompts were drawn, and they are those of one rank"
 

@@ -57,6 +57,11 @@ def bonus_of_summaries(entropy):
     return -0.01 * entropy, {"summary_entropy": entropy.mean().item()}
 
 
+def mean_reward_of_a_rank(old_hidden, rewards):
+    """Weights of 1, and a metric of a stage that sees the rows of its rank alone, as whoever names hidden states."""
+    return torch.ones_like(rewards), {"mean_reward": rewards.mean().item()}
+
+
 BUDGETS = {"budgets": [2, 4, 7], "longest": 8, "drawn": True}
 CLIPS = [[0.001, 0.002], [0.3, 0.3]]
 EPISODES = {"separator": None, "markers": ["1", "2", "3"]}
@@ -80,7 +85,7 @@ METHODS = {
         },
     },
     "thr": {
-        "weights": {"thr": functools.partial(thr, p=0.5, max_tokens=12), "nthr": nthr},
+        "weights": {"thr": functools.partial(thr, p=0.5, max_tokens=12), "nthr": nthr, "look": mean_reward_of_a_rank},
         "ratios": {"gspo": gspo_token},
     },
     "marks": {
@@ -286,11 +291,12 @@ def trained(case, model, dataset, out, rows, packed):
 
 
 def found(trainer):
-    """Weights, state of stages and cursor of the prompt stream, as rank 0 has them."""
+    """Weights, state of stages, cursor of the prompt stream and a metric of each rank, as rank 0 has them."""
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     stages = gather_list([trainer.pipeline.state_dict()])[-1]  # of the last rank: alike on all of them
     numbers = {f"{key}.{name}": state[name] for key, state in stages.items() for name in state}
     numbers["cursor"] = trainer.sampler.stream.cursor
+    numbers |= {name: value for name, value in trainer.state.log_history[-1].items() if name == "mean_reward"}
     return {name: value.float() for name, value in weights.items()}, numbers
 
 
