@@ -256,11 +256,14 @@ class SeamTrainer(VLLMTrainer):
 
         Where FSDP2 or ZeRO-3 splits the weights, every rank must enter and leave.
         """
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            _ranks_not_compared(self.model_wrapped),
+        ):
             parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
             for part in parts:
                 part.set_reshard_after_forward(False, recurse=False)
@@ -792,6 +795,22 @@ class SeamTrainer(VLLMTrainer):
             yield captured
         finally:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _ranks_not_compared(model: nn.Module) -> Iterator[None]:
+    """Take ZeRO-3's hook before a forward away, which waits for all ranks, and which TRL leaves where it is."""
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    handle = getattr(offload, "fwd_pre_hook", None)
+    if handle is None:
+        yield
+        return
+    hooks = offload.module._forward_pre_hooks
+    hook = hooks.pop(handle.id)
+    try:
+        yield
+    finally:
+        hooks[handle.id] = hook
 
 
 @contextlib.contextmanager

@@ -69,7 +69,9 @@ class TrainerSampler:
         asked = self.most(len(contexts))
         if not asked:
             return []
-        filler = [contexts[0] if contexts else self._trainer.eos_token_ids[:1]]
+        filler = [
+            contexts[0] if contexts else self._trainer.eos_token_ids[:1] * 2
+        ]  # one before the one that is decoded
         padded = [*contexts, *(filler * (asked - len(contexts)))]
         ids, logps = self._trainer.extend(
             [list(context) for context in padded],

@@ -21,19 +21,19 @@ PROGRAM = {"one_gpu": ["-m", "rltoken.train"], "ddp": ["-m", "rltoken.train"]}
 """What is launched, but SHARDED."""
 SETTINGS = (
     *(item for part in TINY.values() for item in part),
-    *("+exp=brpo", "name=x", "trainer.learning_rate=0.01", "resume=auto", "eval.budgets=[4,8]"),
+    *("name=x", "trainer.learning_rate=0.01", "resume=auto", "eval.budgets=[4,8]"),
     "reward.funcs.accuracy._target_=tests.resume.phases.parity",
 )
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs pip install 'rltoken[deepspeed]'")
 
 
-def launch(config, folder, cache, *overrides, processes=2, launcher=()):
-    """One launch; its output, and the run's folder."""
+def launch(config, folder, cache, *overrides, exp="brpo", processes=2, launcher=()):
+    """One launch, that goes on in the background."""
     options = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes), *launcher]
     if not launcher:
         options += ["--main_process_port", "0"]
     environment = {"RLTOKEN_CACHE": str(cache), "TORCHDYNAMO_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-    program = [*PROGRAM.get(config, SHARDED), *SETTINGS, *overrides]
+    program = [*PROGRAM.get(config, SHARDED), *SETTINGS, f"+exp={exp}", *overrides]
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *options, *program],
         cwd=folder,
@@ -55,27 +55,28 @@ def weights(run):
 
 
 @pytest.mark.parametrize(
-    ("config", "overrides"),
+    ("config", "exp", "overrides"),
     [
-        pytest.param("ddp", [], marks=pytest.mark.slow),
-        ("fsdp2", []),
-        pytest.param("fsdp2", ["+lora=default"], marks=pytest.mark.slow, id="fsdp2-lora"),
-        pytest.param("zero2", [], marks=[pytest.mark.slow, needs_deepspeed]),
-        pytest.param("zero3", [], marks=[pytest.mark.slow, needs_deepspeed]),
+        pytest.param("ddp", "brpo", [], marks=pytest.mark.slow),
+        ("fsdp2", "brpo", []),
+        pytest.param("fsdp2", "brpo", ["+lora=default"], marks=pytest.mark.slow),
+        pytest.param("fsdp2", "mrt", ["rollout.batch_rows=3"], marks=pytest.mark.slow),
+        pytest.param("zero2", "brpo", [], marks=[pytest.mark.slow, needs_deepspeed]),
+        pytest.param("zero3", "brpo", [], marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
-def test_two_processes_train_evaluate_go_on_and_leave_a_plain_model(tmp_path, cache, config, overrides):
+def test_two_processes_train_evaluate_go_on_and_leave_a_plain_model(tmp_path, cache, config, exp, overrides):
     run = tmp_path / "runs" / "x"
-    finished(launch(config, tmp_path, cache, *overrides))
+    finished(launch(config, tmp_path, cache, *overrides, exp=exp))
     report, metrics = json.loads((run / "report.json").read_text()), logged(run)
     assert report["steps"] == 2 and report["before"].keys() == report["after"].keys()
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
-    name = "adapter_model.safetensors" if overrides else "model.safetensors"
+    name = "adapter_model.safetensors" if "+lora=default" in overrides else "model.safetensors"
     first = load_file(run / "final" / name)
     for lost in ("checkpoint-2", "final"):
         shutil.rmtree(run / lost)
     (run / "report.json").unlink()
-    finished(launch(config, tmp_path, cache, *overrides))
+    finished(launch(config, tmp_path, cache, *overrides, exp=exp))
     again = load_file(run / "final" / name)
     assert first.keys() == again.keys() and all(bool((first[key] == again[key]).all()) for key in first)
     assert logged(run) == metrics
@@ -108,7 +109,7 @@ def test_sharding_on_cpus_is_refused_before_anything_is_loaded(tmp_path, cache):
     """Without the stand-in of these tests accelerate would train by DDP in silence."""
     options = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "rltoken.train", *SETTINGS],
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "rltoken.train", *SETTINGS, "+exp=brpo"],
         cwd=tmp_path,
         env=os.environ | {"RLTOKEN_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
         capture_output=True,

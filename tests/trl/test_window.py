@@ -400,3 +400,15 @@ def test_answers_need_a_function(run):
 
 def test_a_rank_that_has_nothing_to_decode_gets_nothing(run):
     assert run({}, max_steps=1).trainer.decode([], []) == []
+
+
+def test_a_rank_that_has_nothing_to_continue_samples_with_the_others(run, monkeypatch):
+    """Another rank has three contexts, and a forward of split weights needs all ranks."""
+    trainer = run({}, max_steps=1).trainer
+    monkeypatch.setattr(trainer.sampler, "most", lambda n: 3)
+    asked = []
+    extend = trainer.extend
+    monkeypatch.setattr(
+        trainer, "extend", lambda contexts, **given: asked.append(len(contexts)) or extend(contexts, **given)
+    )
+    assert trainer.sampler.generate([], max_new_tokens=2) == [] and asked == [3]

@@ -292,7 +292,7 @@ def trained(case, model, dataset, out, rows, packed):
 
 def found(trainer):
     """Weights, state of stages, cursor of the prompt stream and a metric of each rank, as rank 0 has them."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gives them to rank 0 alone
     stages = gather_list([trainer.pipeline.state_dict()])[-1]  # of the last rank: alike on all of them
     numbers = {f"{key}.{name}": state[name] for key, state in stages.items() for name in state}
     numbers["cursor"] = trainer.sampler.stream.cursor
