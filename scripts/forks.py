@@ -4,6 +4,7 @@ On CPUs only, and with one thread: the parent must have no threads that its fork
 runs in a fork too. A fork ends without a way back into the parent's frames.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -21,6 +22,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from rltoken import train
 from rltoken.evals import generate  # noqa: F401  (a run imports it late; here it is imported once)
+
+gc.freeze()  # a collection in a fork, and accelerate asks for some, need not look through what imports have made
 
 TIMEOUT = 600
 """Seconds after which a run counts as stuck."""

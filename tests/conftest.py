@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, and the folder of real data sets where there is one."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,11 @@ os.environ["MPLBACKEND"] = "Agg"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Spare what imports have made the full collections that accelerate asks for at the start of every training."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

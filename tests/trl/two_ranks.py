@@ -304,6 +304,7 @@ def main(model, data, out, rows, *cases):
     """Train each case from the same start, on any number of ranks: stages/NAME of METHODS, or exp/NAME of conf/exp."""
     stand_in()
     register_schemas()
+    gc.freeze()  # each training asks for full collections
     dataset = load_from_disk(data)
     dataset = dataset.add_column("original_tokens", [4 + i % 5 for i in range(len(dataset))])
     packed = PACKED if int(rows) < 16 and "zero" not in Path(out).stem else None

@@ -1,5 +1,6 @@
 """What every shape and credit stage makes of replayed rollouts, on one rank or more: started by test_two_ranks.py."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def method(name):
 def main(model, data, out, rows):
     """Two windows of 4 prompts x 4 generations for each stage, on however many ranks there are."""
     register_schemas()
+    gc.freeze()  # each training asks for full collections
     found, dataset = {}, load_from_disk(data)
     dataset = dataset.add_column("original_tokens", [4 + i % 5 for i in range(len(dataset))])
     for name in stages():
@@ -89,7 +91,7 @@ def main(model, data, out, rows):
             template=Template(think_end_id=7, cut=(7,)),
             classes=classes,
             appended_id=APPENDED,
-            teacher=a_teacher(model),
+            teacher=a_teacher(model) if pipeline.needs("teacher_logps") else None,
         )
         trainer.train()
         found[name] = seen
