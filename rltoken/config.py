@@ -575,7 +575,7 @@ def explain(
     return (
         _wrong_choice(text, groups, overrides)
         or _wrong_value(text, key, overrides)
-        or _wrong_key(text, named and key, keys, groups)
+        or _wrong_key(text, named and key, keys, groups, overrides)
         or UserError(f"command line: {first_line(error)}")
     )
 
@@ -648,7 +648,11 @@ def _wrong_value(text: str, key: str, overrides: Sequence[str]) -> UserError | N
 
 
 def _wrong_key(
-    text: str, full_key: str | None, keys: Iterable[str], groups: Mapping[str, Iterable[str]]
+    text: str,
+    full_key: str | None,
+    keys: Iterable[str],
+    groups: Mapping[str, Iterable[str]],
+    overrides: Sequence[str],
 ) -> UserError | None:
     found = re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text)
     key = found[1] if found else full_key
@@ -658,6 +662,13 @@ def _wrong_key(
     if head == "trainer" and field in OWNED:
         return UserError(f"{key}: it follows from {OWNED[field]}; set {OWNED[field].split()[0]}=... instead.")
     near = nearest_key(key, [*keys, *groups])
+    # Hydra composes a sweep once without what is swept, and takes a key that comes with that for a mistake
+    chosen = [item for item in overrides if item.lstrip("+").partition("=")[0] in groups]
+    swept = next((item for item in chosen if re.search(r"=[^\[]*,", item)), None)
+    if swept and f"override '{key}'" in text:
+        return UserError(
+            f"{key}: there is no such key without what is swept{near}; if it comes with {swept}, write ++{key}=VALUE."
+        )
     return UserError(
         f"{key}: there is no such key{near}. 'python -m rltoken.train --cfg job' prints all of them; a leading '+' "
         "adds a group such as +exp=grpo."

@@ -130,6 +130,8 @@ class Stage:
     """The function or class of a stage of which this one is another form."""
     off_policy_only = _declared("off_policy_only", False)
     """Whether it changes nothing where every ratio to the policy that sampled is 1."""
+    per_token = _declared("per_token", False)
+    """Whether the credit is one of tokens alone, and adds up to nothing new over a response."""
     among_standardised = _declared("among_standardised", False)
     """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
     around_one = _declared("around_one", False)
@@ -393,7 +395,7 @@ def _stage(slot: str, key: str, call: Callable[..., Any], allowed: Mapping[str, 
     if not callable(call):
         raise UserError(f"{key}: {call!r} is no stage; give it a _target_ and, for a function, _partial_: true.")
     _check_object(key, call)
-    call, kinds = _take_kinds(call)
+    call, kinds = _take_kinds(key, call)
     needs, settings = [], {}
     for parameter in inspect.signature(call).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -485,7 +487,7 @@ def _bare(call: Callable[..., Any]) -> Any:
     return call.func if isinstance(call, functools.partial) else call
 
 
-def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
+def _take_kinds(key: str, call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Split off the setting `kinds`, which is the pipeline's, unless the stage declares it itself."""
     declared = inspect.signature(_bare(call)).parameters.get("kinds")
     kinds = declared.default if declared is not None else (THINKING,)
@@ -496,7 +498,10 @@ def _take_kinds(call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[str
             call = functools.partial(call.func, *call.args, **settings)
     elif declared is None:
         kinds = getattr(call, "kinds", kinds)
-    return call, (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(f"{key}.kinds: {kinds!r} is no list of kinds of rows; set it to [{THINKING}], or leave it out.")
+    return call, tuple(kinds)
 
 
 def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generations: int) -> None:
@@ -547,10 +552,14 @@ def check_controlled(stage: Stage, settings: Mapping[str, Any], longest: int) ->
 
 def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
     """Try the control stages on the first window's progress, each as a copy since it may count its calls."""
+    set_by: dict[str, str] = {}
     for stage in pipeline["controls"]:
         settings = stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
         check_controlled(stage, settings, args.max_completion_length)
         _refuse_low_cap(stage.key, settings.get("epsilon_high", 1.0), args)
+        for name in settings.keys() & set_by.keys():
+            logger.warning("%s: it sets %s too, so that %s has no say in it.", stage.key, name, set_by[name])
+        set_by |= dict.fromkeys(settings, stage.key)
         if settings.get("stop_at_think_end") and not pipeline["rows"]:
             raise UserError(
                 f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
@@ -697,7 +706,7 @@ def _check_nothing_is_replaced(pipeline: Pipeline) -> None:
 
 
 def _check_token_credit(pipeline: Pipeline, args: GRPOConfig) -> None:
-    token_stages = pipeline.stages(*TOKEN_SLOTS)
+    token_stages = [*pipeline.stages(*TOKEN_SLOTS), *(stage for stage in pipeline["credits"] if stage.per_token)]
     if token_stages and args.importance_sampling_level == "sequence":
         raise UserError(
             f"trainer.importance_sampling_level: 'sequence' averages the ratio over a response and so erases the "

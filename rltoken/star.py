@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rltoken import cli, config, evaluate
 from rltoken.errors import UserError
@@ -127,6 +127,8 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> evaluate.Subject:
     Raises:
         UserError: several models, or a server that is asked by messages; a setting that cannot be; a file in the way.
     """
+    from rltoken.methods.mrt import open_episodes
+
     if cfg.server is not None:
         raise UserError("server: traces are cut by token ids, which no chat server gives; leave it out.")
     found = evaluate.subjects(cfg, overrides)
@@ -137,6 +139,11 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> evaluate.Subject:
     for key in ("answers", "most_episodes"):
         if not isinstance(cfg.star[key], int) or cfg.star[key] < 1:
             raise UserError(f"star.{key}: {cfg.star[key]} is not possible; set it to a whole number from 1.")
+    if cfg.star.cut == "progress":
+        try:
+            open_episodes(OmegaConf.select(found[0].cfg, "model.episodes.markers"))
+        except ValueError as error:
+            raise UserError(f"model.episodes.markers: {error}.") from error
     found[0].cfg.eval.budgets = None  # answers are forced where episodes end
     config.check_values(found[0].cfg)
     evaluate.check_back_end(found[0])

@@ -72,8 +72,8 @@ EVALUATION = {"accuracy": ".3f", "sampled_tokens": ".1f"}
 FORMS = defaultdict(lambda: ".4f", METRICS | TRAINING | EVALUATION)
 SMOOTHED = 5
 """Windows whose mean is looked at while training: the accuracy of one is that of a few dozen completions."""
-SEEDS = {"seed", "model.seed", "model.source.seed", "sft.traces.path"}
-"""What differs between the runs of one setting; each seed's model may have made traces of its own."""
+SEEDS = {"seed", "model.seed", "model.source.seed", "model.source.path", "sft.traces.path"}
+"""What differs between the runs of one setting; each seed may begin with a model, or traces, of its own."""
 PHASES = {"after": "after training", "training": "while training", "evaluation": "evaluated in several ways"}
 EVALUATED = ("eval.", "data.eval.", "reward.", "rollout.max_thinking_tokens")
 """Keys that must agree for numbers to be compared."""

@@ -48,6 +48,8 @@ TAGS = {"direct": ANSWER, "short": "<COT>", "code": "<CODE>", "long": "<LONG_COT
 
 def told_apart(tags: Mapping[str, str]) -> None:
     """Let tags pass of which none is empty or begins as another does: which one opens a text must be clear."""
+    if not isinstance(tags, Mapping) or not tags:
+        raise ValueError(f"{tags!r} are no formats; set tags={{short: <COT>, long: <LONG_COT>}}, or model.formats")
     values = list(tags.values())
     for tag in values:
         if not isinstance(tag, str) or not tag.strip():
@@ -58,6 +60,8 @@ def told_apart(tags: Mapping[str, str]) -> None:
 
 def expressions(structures: Mapping[str, str] | None, tags: Mapping[str, str]) -> None:
     """Let regular expressions pass that can be read, of formats that have a tag."""
+    if structures is not None and not isinstance(structures, Mapping):
+        raise ValueError(f"{structures!r} is no mapping; set structures={{short: EXPRESSION}}, or null")
     for form, pattern in (structures or {}).items():
         if form not in tags:
             raise ValueError(f"there is no format {form!r}; set structures of: {', '.join(tags)}")

@@ -90,12 +90,22 @@ def steps(texts: Sequence[str], separator: str | None) -> list[tuple[int, str]]:
     return found
 
 
+def open_episodes(markers: Sequence[str]) -> None:
+    """Let a list of texts pass: without any a trace is one episode, and an empty one would open every step."""
+    listed = isinstance(markers, Sequence) and not isinstance(markers, str) and len(markers) > 0
+    if not listed or not all(isinstance(marker, str) and marker.strip() for marker in markers):
+        raise ValueError(f"{markers!r} opens no episodes; set model.episodes.markers to texts, as in [Wait,But wait]")
+
+
+Markers = Annotated[Sequence[str], open_episodes]
+
+
 def prefix_rollouts(
     rollout: Rollout,
     sampler: Sampler,
     *,
     separator: str | None,
-    markers: Sequence[str],
+    markers: Markers,
     longest: Count,
     most_episodes: Count = 45,
     terminations: Count = 4,
@@ -325,7 +335,7 @@ def episode_answers(
     sampler: Sampler,
     *,
     separator: str | None,
-    markers: Sequence[str],
+    markers: Markers,
     most_episodes: Count = 8,
     answers: Count = 4,
     max_new_tokens: Count = 128,
@@ -386,6 +396,9 @@ def episode_credit(
         episode_scores: [B, K + 1] J there.
     """
     return advantages + alpha * token_progress(episodes, episode_scores, advantages.size(1))
+
+
+episode_credit.per_token = True
 
 
 def best_cut(scores: Sequence[float]) -> int | None:

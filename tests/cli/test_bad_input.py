@@ -93,6 +93,14 @@ REFUSED = {
         lambda d: ["+exp=grpo,forced_answer"], r"exp: .*add --multirun .*\+exp=\[grpo,forced_answer\]",
     ),
     "sweep of a range": (lambda d: ["seed=range(3)"], r"seed: range\(3\) .*add --multirun for a run of each\."),
+    "key of a method that is swept": (
+        lambda d: ["+exp=laser,kimi_length", "method.shapes.laser.target=9", "--multirun"],
+        r"method\.shapes\.laser\.target: .*comes with \+exp=laser,kimi_length, write \+\+method\.shapes\.las",
+    ),
+    "mistyped key beside a sweep": (
+        lambda d: ["+shape=[laser,dler]", "seed=0,1", "trainer.bet=9", "--multirun"],
+        r"trainer\.bet: there is no such key \(did you mean 'trainer\.beta'\?\)\. ",
+    ),
     "one name for a sweep": (
         lambda d: ["name=mine", "seed=0,1", "--multirun"], r"name: 2 jobs .*runs/mine; leave name out.*'x-\$\{seed\}'",
     ),

@@ -19,7 +19,8 @@ def run_folder(root, name, *, seed, exp, after, samples=4, rollouts=(), shares=N
     folder = root / name
     folder.mkdir()
     (folder / "config.yaml").write_text(
-        f"name: {name}\nseed: {seed}\nmodel: {{seed: {seed}}}\nmethod: {exp}\neval: {{samples: {samples}}}\n"
+        f"name: {name}\nseed: {seed}\nmodel: {{seed: {seed}, source: {{path: starts/{seed}}}}}\n"
+        f"method: {exp}\neval: {{samples: {samples}}}\n"
     )
     phases = {
         phase: {

@@ -32,6 +32,7 @@ SHRUNK = {
     "paper/l1_exact": [*SMALL, "~model.path", "method.prompts.l1.least=4", "method.prompts.l1.most=16"],
     "paper/l1_max": [*SMALL, "method.prompts.l1.least=4", "method.prompts.l1.most=16"],
     "paper/laser_de": [*SMALL, *(f"method.shapes.laser_de.{setting}" for setting in LASER)],
+    "paper/mrt": [*SMALL, "~model.path"],
     "paper/rlvr": [*SMALL, "~reward.last_number"],
     "paper/shorter_better": SMALL,
     "paper/think_prune": [*SMALL, "~method.prompts.think_prune", "method.controls.think_prune.stages=[[0,24],[1,12]]"],

@@ -219,6 +219,7 @@ def test_white_space_before_a_tag():
     ("value", "message"),
     [
         ("{verse: a}", r"there is no format 'verse'; set structures of: direct, short, code, long"),
+        ("[a]", r"\['a'\] is no mapping; set structures={short: EXPRESSION}, or null"),
         ("{short: 'a('}", r"short has 'a\(', no regular expression .*; correct it"),
     ],
 )
@@ -229,11 +230,20 @@ def test_structures_that_cannot_be_checked_are_refused(value, message, tmp_path)
         checked(cfg, tmp_path)
 
 
-@pytest.mark.parametrize("value", ["{direct: a, short: ab}", "{direct: '', short: b}", "{direct: <A>, short: <A>}"])
+@pytest.mark.parametrize(
+    "value", ["{direct: a, short: ab}", "{direct: '', short: b}", "{a: <A>, b: <A>}", "{}", "[<A>]"]
+)
 def test_tags_that_cannot_be_told_apart_are_refused(value, tmp_path):
     cfg = copy.deepcopy(composed("+exp=ada_grpo", "sft=none"))
     OmegaConf.update(cfg, "method.shapes.ada_grpo.tags", OmegaConf.create(value), merge=False)
     with pytest.raises(UserError, match=r"method\.shapes\.ada_grpo\.tags: .*set"):
+        checked(cfg, tmp_path)
+
+
+def test_a_model_without_formats_is_refused(tmp_path):
+    cfg = copy.deepcopy(composed("+exp=ada_grpo", "sft=none"))
+    cfg.model.formats = None
+    with pytest.raises(UserError, match=r"method\.shapes\.ada_grpo\.tags: None are no formats; set tags="):
         checked(cfg, tmp_path)
 
 

@@ -18,3 +18,12 @@ def test_gspo_token_value_and_gradient():
     assert ratio[0].tolist() == pytest.approx([math.exp(-0.05)] * 2)
     (ratio * advantages).mean().backward()
     assert logps.grad[0].tolist() == pytest.approx([0.951229, 0.0], abs=1e-6)
+
+
+def test_the_ratios_of_the_worked_sequences():
+    """exp of the mean log-ratio: exp(.025) of two tokens, exp(.2) of three."""
+    logps = torch.tensor([[-1.0, -2.0, 0.0], [-0.5, -1.0, -1.5]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    old = logps - torch.tensor([[0.25, -0.2, 9.0], [0.3, 0.0, 0.3]])
+    ratio = torch.exp(logps - gspo_token(logps, old, mask))
+    torch.testing.assert_close(ratio, torch.tensor([[1.025315] * 3, [1.221403] * 3]), rtol=0, atol=1e-6)

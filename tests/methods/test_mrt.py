@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rltoken.methods.mrt import best_cut, episode_credit, episode_ends, mrt, mrt_progress, token_progress
+from tests.methods.configured import assert_refused
 
 MARKERS = ["Wait", "But wait", "Alternatively"]
 REWARDS = torch.tensor([1.0, 0, 0, 0, 1, 0, 1, 1])
@@ -90,6 +91,13 @@ def test_one_episode_where_no_step_opens_another(pieces):
 
 def test_no_thinking_has_no_episode():
     assert episode_ends([], separator="\n\n", markers=MARKERS) == []
+
+
+@pytest.mark.parametrize("markers", ["[]", "wait", "[wait,'']", "null", "[1]"])
+@pytest.mark.parametrize("exp", ["mrt", "mrt/episodes"])
+def test_markers_that_open_no_episode_are_refused(exp, markers):
+    stage = "mrt_episodes" if "/" in exp else "mrt"
+    assert_refused(f"+exp={exp}", f"method.rows.{stage}.markers={markers}")
 
 
 def test_markers_in_the_middle_of_a_step_are_none():

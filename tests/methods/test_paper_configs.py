@@ -76,6 +76,7 @@ FAST_MATH = {  # arXiv 2507.08267 and analokmaus/kaggle-aimo2-fast-math-r1, for 
     "trainer.num_generations": 8,
     "trainer.max_completion_length": 16384,
     "trainer.beta": 0.04,
+    "trainer.use_bias_correction_kl": False,
     "trainer.epsilon": 0.2,
     "trainer.temperature": 1.0,
     "trainer.top_p": 0.9,
@@ -101,6 +102,7 @@ ARM = {  # arXiv 2505.20258 and TEAM-ARM/ARM, the 7B run
     "trainer.num_generations": 8,
     "trainer.max_completion_length": 4096,
     "trainer.beta": 0.001,
+    "trainer.use_bias_correction_kl": False,
     "trainer.epsilon": 0.2,
     "trainer.loss_type": "dapo",
     "trainer.scale_rewards": "group",
@@ -247,6 +249,21 @@ HBPO = {  # arXiv 2507.15844
     "method.shapes.hbpo.gated": False,
     "trainer.max_completion_length": 4096,
 }
+MRT = {  # arXiv 2503.07572, tables 3 and 5, at second hand
+    "model.path": "agentica-org/DeepScaleR-1.5B-Preview",
+    "model.episodes.separator": "\n\n",
+    "data.max_prompt_tokens": 4096,
+    "method.credits.mrt.baseline": "termination",
+    "trainer.num_generations": 4,
+    "trainer.temperature": 0.9,
+    "trainer.max_completion_length": 24576,
+    "trainer.num_train_epochs": 1,
+    "trainer.max_steps": -1,
+    "trainer.learning_rate": 1e-6,
+    "trainer.lr_scheduler_type": "cosine",
+    "trainer.warmup_steps": 0.1,
+    "trainer.weight_decay": 0.01,
+}
 PAPERS = {
     "brpo": BRPO,
     "kdrl": KDRL,
@@ -263,6 +280,7 @@ PAPERS = {
     "dler": DLER,
     "think_prune": THINK_PRUNE,
     "hbpo": HBPO,
+    "mrt": MRT,
 }
 BATCHES = {  # problems of a window, of an optimizer step
     "campo": (256, 256),
@@ -274,6 +292,7 @@ BATCHES = {  # problems of a window, of an optimizer step
     "dler": (256, 64),
     "think_prune": (128, 128),
     "brpo": (64, 32),
+    "mrt": (64, 64),
 }
 UNKNOWN_PATH = dict.fromkeys(("l1_max", "rlvr"), ("model.path=FOLDER",))
 """What has to be given, since it comes from a run of one's own, or its address is not known to us."""
@@ -298,6 +317,12 @@ def test_papers(name, key):
 def test_every_paper_has_a_table():
     tables = PAPERS.keys() | {"fast_math_r1", "ada_grpo"}
     assert {path.stem for path in (CONF / "exp/paper").glob("*.yaml")} == tables
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "exp/paper").glob("*.yaml")))
+def test_no_papers_kl_term_is_multiplied_by_the_ratio(name):
+    trainer = composed(f"+exp=paper/{name}", *UNKNOWN_PATH.get(name, ())).trainer
+    assert trainer.beta == 0 or not trainer.use_bias_correction_kl
 
 
 @pytest.mark.parametrize("name", PAPERS)

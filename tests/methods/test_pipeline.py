@@ -174,6 +174,16 @@ REFUSED = {
         r"'parent' belongs to the whole window",
     ),
     "random stream in a micro-batch": ("weights", lambda entropy, rng: entropy, r"'rng' belongs to the whole window"),
+    "kinds that are no texts": (
+        "weights",
+        functools.partial(lambda mask: mask, kinds=[1]),
+        r"method\.weights\.mine\.kinds: \[1\] is no list of kinds of rows; set it to \[thinking\]",
+    ),
+    "no kinds": (
+        "weights",
+        functools.partial(lambda mask: mask, kinds=None),
+        r"\.mine\.kinds: None is no list of kinds",
+    ),
     "kinds where rows have none": (
         "shapes",
         functools.partial(lambda rewards: rewards, kinds=("summary",)),

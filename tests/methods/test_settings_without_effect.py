@@ -71,6 +71,10 @@ REFUSED = {
         ["+exp=cispo", "+control=campo"],
         r"method\.controls\.campo: trainer\.loss_type=cispo caps the ratio itself, here at 0\.28, ",
     ),
+    "progress of episodes averaged over a response": (
+        ["+exp=mrt/episodes", "trainer.importance_sampling_level=sequence"],
+        r"trainer\.importance_sampling_level: .* erases the per-token effect of method\.credits\.mrt_episodes",
+    ),
     "answers at episodes for nobody": (
         ["+rows=mrt_episodes"],
         r"method\.rows\.mrt_episodes: no stage names 'episode_scores'",
@@ -148,6 +152,10 @@ WARNED = {
     "limits that come after the end": (
         ["+control=think_prune"],
         r"method\.controls\.think_prune: in the first and in the last step .* trainer\.max_steps=60",
+    ),
+    "a length that another control sets after it": (
+        ["+exp=campo", "+control=length_schedule"],
+        r"method\.controls\.length_schedule: it sets max_completion_length too, so that .*\.campo has no say",
     ),
     "skipped groups that nobody asks about": (
         ["+exp=grpo", "+weight=mixed_groups"],

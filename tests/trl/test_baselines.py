@@ -11,7 +11,7 @@ from rltoken.parts import rewards
 from rltoken.rewards.math import accuracy
 from rltoken.train import checked
 from tests.methods.configured import composed
-from tests.methods.worked import LENGTHS, REWARDS, assert_close
+from tests.methods.worked import LENGTHS, REWARDS, assert_close, grpo
 from tests.trl.losses import loss_of
 
 EXPS = {
@@ -119,4 +119,6 @@ def test_trls_overlong_punishment_is_added_to_a_reward():
     funcs, _, _ = rewards(composed("reward=[math,overlong]", *settings).reward)
     punished = funcs["overlong"](completions=[""] * 4, completion_ids=[[0] * n for n in LENGTHS.tolist()])
     assert list(funcs) == ["accuracy", "overlong"]
-    assert_close(REWARDS + torch.tensor(punished), [1.0, 0.666667, -1.0, 1.0])
+    rewarded = REWARDS + torch.tensor(punished)
+    assert_close(rewarded, [1.0, 0.666667, -1.0, 1.0])
+    assert_close(grpo(rewarded), [0.609208, 0.261089, -1.479506, 0.609208])

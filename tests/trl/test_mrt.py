@@ -132,5 +132,5 @@ def test_without_weight_it_is_grpo(run):
 
 def test_one_ratio_per_response_is_refused(run):
     """Averaged over a response, the progress of its episodes would be J_end - J_0: GRPO's own credit with noise."""
-    with pytest.raises(UserError, match=r"'sequence' erases the per-token credit of method\.credits\.episodes"):
+    with pytest.raises(UserError, match=r"'sequence' averages .* per-token effect of method\.credits\.episodes"):
         run(episodes(1.0), importance_sampling_level="sequence", **SGD)
