@@ -11,7 +11,8 @@ row at its own length), `tree` (`rltoken.rollout.tree`) and on a GPU `flex`, the
 of the medians. Peak memory is above what was there before the forward: on a GPU what was allocated, on a CPU the
 resident size of a forked process of its own for each arm, measured first. `tokens` is the ratio of token counts, which
 a forward without any attention would have. Lines are printed as they are measured. Models are float32 on a CPU and
-bfloat16 on a GPU.
+bfloat16 on a GPU. On a CPU memory that goes back to the system with each free costs up to a fifth of the tree's time:
+docs/packing.md has two variables of the environment that keep it.
 """
 
 from __future__ import annotations
