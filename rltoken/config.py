@@ -69,7 +69,7 @@ READ = {
     ),
     "model.forced": ("ellipsis", "header", "stops"),
     "model.episodes": ("separator", "markers"),
-    "teacher": ("kind", "source", "url", "dtype", "attn_implementation", "trust_remote_code"),
+    "teacher": ("kind", "source", "url", "ends", "dtype", "attn_implementation", "trust_remote_code"),
     "data": ("train", "eval", "traces", "max_prompt_tokens", "too_long"),
     "sft": ("traces", "merge", "trainer"),
     "reward": ("funcs", "weights", "on_error", "classes", "answer"),

@@ -98,7 +98,7 @@ def teacher(cfg: DictConfig, pipeline: Pipeline, tokenizer: PreTrainedTokenizerB
     if section.kind == "server":
         server = teachers.Server(section.url, patience=cfg.rollout.patience)
         teachers.refuse_other_server(tokenizer, server)
-        return teachers.Teacher(server)
+        return teachers.Teacher(server, teachers.named_ends(section.get("ends"), tokenizer))
     path, trusted = instantiate(section.source), section.trust_remote_code
     own = teachers.load_tokenizer(path, trust_remote_code=trusted)
     teachers.refuse_other_vocabulary(tokenizer, own, path, "teacher.path" if "path" in section else "teacher.source")

@@ -132,6 +132,8 @@ class Stage:
     """Whether it changes nothing where every ratio to the policy that sampled is 1."""
     per_token = _declared("per_token", False)
     """Whether the credit is one of tokens alone, and adds up to nothing new over a response."""
+    on_policy_only = _declared("on_policy_only", False)
+    """Whether its gradient is what it says in the first optimizer step of a window alone."""
     among_standardised = _declared("among_standardised", False)
     """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
     around_one = _declared("around_one", False)
@@ -234,8 +236,12 @@ class Pipeline:
         for key in stateful.keys() & state.keys():
             stateful[key].load_state_dict(state[key])
 
-    def check(self, args: GRPOConfig) -> None:
+    def check(self, args: GRPOConfig, *, warn: bool = True) -> None:
         """Refuse combinations with the trainer's arguments that make no sense.
+
+        Args:
+            args: TRL's arguments.
+            warn: also say which stages will change nothing.
 
         Raises:
             UserError: names the keys, the reason and the fix.
@@ -261,7 +267,8 @@ class Pipeline:
                 f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
                 "sum_then_normalize."
             )
-        _warn_of_idle_stages(self, args)
+        if warn:
+            _warn_of_idle_stages(self, args)
 
 
 def build(stages: Mapping[str, Mapping[str, Callable[..., Any]]], section: str = "method") -> Pipeline:
@@ -740,7 +747,8 @@ def _check_loss_type(pipeline: Pipeline, args: GRPOConfig) -> None:
         )
     for stage in pipeline["bounds"]:
         if not stage.needs:
-            _, cap = act(stage, {}, *torch.ones(2, 1), kinds=stage.kinds[:1])
+            # a copy, since it may count its calls
+            _, cap = act(stage.copy(), {}, *torch.ones(2, 1), kinds=stage.kinds[:1])
             _refuse_low_cap(stage.key, cap.item(), args)
     if not pipeline["bounds"]:
         _refuse_low_cap("trainer.epsilon_high", _epsilon_high(args), args)
@@ -771,7 +779,7 @@ def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
 
 
 def _warn_of_idle_stages(pipeline: Pipeline, args: GRPOConfig) -> None:
-    """Say which stages will change nothing, in this run or beside these stages."""
+    """Say which stages will change nothing, or something else than they say, in this run or beside these stages."""
     stages = pipeline.stages()
     updates = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
     idle = [*pipeline["bounds"], *(stage for stage in stages if stage.off_policy_only)]
@@ -782,6 +790,13 @@ def _warn_of_idle_stages(pipeline: Pipeline, args: GRPOConfig) -> None:
             ", ".join(stage.key for stage in idle),
         )
     for stage in stages:
+        if stage.on_policy_only and updates > 1:
+            logger.warning(
+                "%s.importance: each window is trained in %g optimizer steps, and without a weight by the ratio the "
+                "gradient is that of the divergence in the first one alone; set it to detached.",
+                stage.key,
+                updates,
+            )
         if 0 < args.max_steps <= stage.after:
             logger.warning(
                 "%s.after: it begins after %d optimizer steps, and trainer.max_steps=%d ends the run before; lower it.",

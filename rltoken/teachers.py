@@ -209,6 +209,24 @@ def refuse_other_server(student: PreTrainedTokenizerBase, server: Server) -> Non
     _refuse_other_encoding(student, server.encode, server.url, "teacher.url")
 
 
+def named_ends(tokens: Sequence[str] | str | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int] | None:
+    """The ids of the tokens with which a server's model ends a sequence, since no server tells; None: as the student.
+
+    Raises:
+        UserError: one is no token of the tokenizer.
+    """
+    if tokens is None:
+        return None
+    vocabulary, tokens = tokenizer.get_vocab(), [tokens] if isinstance(tokens, str) else list(tokens)
+    for token in tokens:
+        if token not in vocabulary:
+            raise UserError(
+                f"teacher.ends: {token!r} is no token of the tokenizer; name the tokens that end the teacher's "
+                "sequences, such as ['<|endoftext|>'], or set it to null."
+            )
+    return frozenset(vocabulary[token] for token in tokens)
+
+
 def _refuse_other_encoding(
     student: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], path: str, key: str
 ) -> None:

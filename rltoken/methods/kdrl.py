@@ -104,6 +104,7 @@ class Distillation:
         self.beta, self.delta, self.beta_min = beta, delta, beta_min
         self.estimator, self.importance, self.clip = estimator, importance, clip
         self.masking, self.normaliser = masking, normaliser
+        self.on_policy_only = importance == "none"
 
     def observe(self, teacher_logps: Tensor, mask: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         """[B, T] what each token of the window weighs."""

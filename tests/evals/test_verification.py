@@ -48,6 +48,10 @@ def test_agreement_by_hand():
     }  # fmt: skip
 
 
+def test_a_half_is_not_held_to_be_correct():
+    assert means(verification(table([0.5, 0.51], [False, True])))["self_reward_accuracy"] == 1.0
+
+
 def test_agreement_on_the_worked_self_rewards():
     """.95, .3, .05 and -.1 of right, wrong, right, wrong: one right answer is missed; three of four pairs in order."""
     found = verification(table([0.95, 0.3, 0.05, -0.1], [True, False, True, False], control=[-3, -2, -1, -4]))

@@ -81,6 +81,18 @@ def test_a_server_is_asked_for_its_tokenizer(tokenizer, monkeypatch):
     assert refused(made, cfg, tokenizer).startswith("teacher.url: http://127.0.0.1:1 has another tokenizer")
 
 
+def test_a_servers_ends_are_those_that_are_named(tokenizer, monkeypatch):
+    """No server tells: by default they are taken for the student's."""
+    monkeypatch.setattr(Server, "decode", lambda self, ids: tokenizer.decode(ids))
+    monkeypatch.setattr(Server, "encode", lambda self, text: tokenizer.encode(text, add_special_tokens=False))
+    server = ["+exp=kdrl", "teacher=vllm_server", "teacher.url=http://127.0.0.1:1"]
+    assert made(composed(*server), tokenizer).ends is None
+    for named in ("teacher.ends=['<unk>']", "teacher.ends='<unk>'"):
+        assert made(composed(*server, named), tokenizer).ends == {tokenizer.unk_token_id}
+    told = refused(made, composed(*server, "teacher.ends=['<|endoftext|>']"), tokenizer)
+    assert told.startswith("teacher.ends: '<|endoftext|>' is no token of the tokenizer;")
+
+
 def test_nobody_answers(tokenizer):
     cfg = composed("+exp=kdrl", "teacher=vllm_server", "teacher.url=http://127.0.0.1:1")
     told = refused(made, cfg, tokenizer)

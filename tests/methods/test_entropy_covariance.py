@@ -57,6 +57,11 @@ def test_clip_cov_leaves_out_a_candidate():
     assert_close((-ADVANTAGES * ratio * weights).mean(), -0.0475)
 
 
+def test_the_bounds_of_clip_cov_are_not_between_them():
+    """Of the covariances three are .5 and one is 1."""
+    assert clip_cov(ADVANTAGES, OLD_LOGPS, MASK, rng(), share=1.0, lower=0.5, upper=1.0).min() == 1
+
+
 def test_clip_cov_draws_no_more_than_its_share():
     between = {"lower": 0.25, "upper": 5.0}  # five candidates
     for share, dropped in ((0.0, 0), (2e-4, 1), (0.25, 2), (0.5, 4), (1.0, 5)):

@@ -87,6 +87,8 @@ def test_token_average_falls_back_where_an_advantage_is_large():
     assert_close(token_average(rewards, group, mask), [9.9498, -0.1005, 1.0, -1.0], atol=2e-4)
     expected = [0.7071, -0.7071, 1.0, -1.0]
     assert_close(token_average(rewards, group, mask, fallback_at=5.0), expected)
+    # one wrong of 1 token, one correct of 99: -9.95 is as far from 0
+    assert_close(token_average(1 - rewards, group, mask, fallback_at=5.0), [-value for value in expected])
 
 
 def test_token_average_leaves_ungraded_rows_out():
@@ -267,6 +269,21 @@ def test_the_codes_reading_is_one_choice():
     assert (control.call.form, control.call.tau, credit.call.keywords["fallback_at"]) == ("released", 0.05, 5)
     assert (bounds.call.keywords["sign"], weight.call.sign) == ("released", "released")
     assert bounds.call.keywords["high"] == cfg.trainer.epsilon_high == cfg.trainer.epsilon == 0.2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "signs"),
+    [
+        (["+exp=hapo_entropy", "method.weights.hapo_entropy.sign=released"], (["released"], ["released"])),
+        (["+exp=hapo_entropy", "method.bounds.hapo_entropy.sign=released"], (["released"], ["intended"])),
+        (["+bounds=hapo_entropy"], (["intended"], [])),
+        (["+exp=hapo_entropy", "~method.weights.hapo_entropy"], (["intended"], [])),
+    ],
+)
+def test_one_option_has_the_sign_of_clip_range_and_weight(overrides, signs):
+    pipeline = built(*overrides)
+    bounds = [stage.call.keywords["sign"] for stage in pipeline["bounds"]]
+    assert (bounds, [stage.call.sign for stage in pipeline["weights"]]) == signs
 
 
 @pytest.mark.parametrize(

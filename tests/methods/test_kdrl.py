@@ -92,6 +92,7 @@ def test_the_advantage_gains_the_log_ratio():
     assert_close(found(masking="response"), [[1.0, 1.0, 1.0], [-1.05, 0.0, -1.0]])
     assert_close(found(masking="response", normaliser="kept"), [[1.0, 1.0, 1.0], [-1.125, 1.5, -1.0]])
     assert_close(found(clip=0.4), [[0.9, 1.2, 1.0], [-1.05, -0.8, -1.0]])
+    assert_close(found(clip=0.15), [[0.925, 1.075, 1.0], [-1.05, -0.925, -1.0]])
 
 
 @pytest.mark.parametrize("unknown", [math.nan, -math.inf])

@@ -42,6 +42,14 @@ def test_self_reward_and_its_error():
     assert metrics["self_reward/balanced_accuracy"] == 0.75 and metrics["self_reward/log_prob"] == -20.0
 
 
+def test_above_a_half_it_is_held_to_be_correct():
+    """Self-rewards of .45, .5 and .55, all wrong: two of three are told."""
+    logps = torch.tensor([-18.5, -18.0, -17.5])
+    wrong = torch.zeros(3)
+    _, metrics = self_reward_loss(logps, class_balance(wrong > 0, wrong, wrong > 0), wrong > 0, START)
+    assert metrics["self_reward/balanced_accuracy"] == pytest.approx(2 / 3 / 2)
+
+
 def test_the_probabilities_that_are_taught_are_next_to_nothing():
     """exp(-23 + 1 / .1) for what is right and exp(-23) for what is wrong, to three digits: .1 * .005 at most."""
     probabilities = torch.tensor([2.26e-6, 1.03e-10], dtype=torch.float64)

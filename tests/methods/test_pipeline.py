@@ -473,6 +473,21 @@ def test_trying_a_control_stage_leaves_its_state_alone():
     assert counter.calls == 0
 
 
+def test_trying_a_bounds_stage_leaves_its_state_alone():
+    """It is asked for its clip range, which CISPO would take for a cap of the ratio."""
+
+    class Counter:
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1
+            return 0.2, 5.0
+
+    counter = Counter()
+    build({"bounds": {"counter": counter}}).check(arguments())
+    assert counter.calls == 0
+
+
 def test_budgets_that_round_to_the_same_number_are_refused_with_the_setting_beside_them():
     stage = functools.partial(thinking_only, budgets=[0.25, 0.5, 1.0], longest=2)
     with pytest.raises(UserError, match=r"method\.controls\.b\.budgets: .* of 2 tokens are \[0, 1, 2\]"):

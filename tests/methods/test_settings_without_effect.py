@@ -17,6 +17,7 @@ from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
 from rltoken.methods.kdrl import divergence
 from rltoken.methods.spine import entropy_band, reference_band
 from rltoken.pipeline import build
+from rltoken.train import checked
 from tests.methods.configured import built
 
 WITH_MARK = ("+mark=class_balance", "+aux=self_reward", "+credit=self_reward")
@@ -149,6 +150,10 @@ WARNED = {
         ["+exp=laser_self_reward", "trainer.max_steps=20"],
         r"method\.credits\.self_reward\.after: it begins after 20 optimizer steps, and trainer\.max_steps=20",
     ),
+    "a divergence without its weight off-policy": (
+        ["+exp=kdrl", "method.aux.kdrl.importance=none", "trainer.num_iterations=2"],
+        r"method\.aux\.kdrl\.importance: each window is trained in 2 optimizer steps, .* set it to detached\.",
+    ),
     "limits that come after the end": (
         ["+control=think_prune"],
         r"method\.controls\.think_prune: in the first and in the last step .* trainer\.max_steps=60",
@@ -173,6 +178,16 @@ def test_warned_of(caplog, name):
     assert re.match(message, record.getMessage())
 
 
+def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
+    """Which checks once more, when there is a log: what is checked before anything is loaded refuses only."""
+    register_schemas()
+    with initialize_config_module("rltoken.conf", version_base="1.3"):
+        cfg = compose("config", overrides=["+exp=kl_cov", "trainer.num_iterations=1"])
+    with caplog.at_level(logging.WARNING):
+        checked(cfg, tmp_path)
+    assert not [record for record in caplog.records if record.name == "rltoken.pipeline"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -184,6 +199,8 @@ def test_warned_of(caplog, name):
         ["+control=length_schedule"],
         ["+exp=hapo_entropy"],  # its control sets nothing until it has seen a window
         ["+exp=spine"],
+        ["+exp=kdrl", "trainer.num_iterations=2"],
+        ["+exp=kdrl", "method.aux.kdrl.importance=none"],
         ["+weight=mixed_groups", "+credit=dler"],  # which may give equal rewards an advantage
     ],
     ids=str,

@@ -86,6 +86,12 @@ def test_a_fifth_of_each_response_or_of_the_group():
     assert spine_forks(entropy, mask, torch.tensor([3, 4]), scope="group").tolist() == (5 * response).tolist()
 
 
+def test_a_share_is_rounded_to_the_nearest_number_and_halves_to_even():
+    """A fifth of 8 is 1.6, hence two; a quarter of 10 is 2.5, hence two."""
+    for rho, tokens, forks in ((0.2, 8, 2), (0.25, 10, 2)):
+        assert int(spine_forks(ENTROPY[:, :tokens], MASK[:, :tokens], ONE, rho=rho, normaliser="all").sum()) == forks
+
+
 def test_random_tokens_are_as_many_and_uniform():
     mask = torch.tensor([[1] * 10, [1] * 3 + [0] * 7, [1] + [0] * 9, [0] * 10])
     rng = torch.Generator().manual_seed(0)

@@ -173,6 +173,9 @@ def test_a_cap_samples_evenly_and_leaves_the_others_alone(even):
     kept = capped[0].isfinite()
     expected = (0.5 * 1 + 1.5) if kept[0] else (-0.5 * 2 + 1.5)
     assert capped[1, 0] == pytest.approx(3 * expected)
+    # and for both where responses count by their sums: 2 * 1 / 2 or -2 * 2 / 2, and 3 / 2 of the second response
+    summed = influence(*even, **OPTIONS | {"max_tokens": 3, "length_norm": False})
+    assert summed[1, 0] == pytest.approx(3 * ((1 if kept[0] else -2) + 1.5))
     weights, _ = thr(*even, max_tokens=3)
     assert (weights[capped.isnan()] == 1).all()
 

@@ -43,8 +43,8 @@ BESIDE = {
     "credit/self_reward": ("+mark=class_balance", "+aux=self_reward", "method.credits.self_reward.after=0"),
 }
 LABEL_FREE = ("shape/ttrl", "shape/ttrl_extra")
-OF_PROGRESS = "shape/mrt_progress"
 """Shapes that reward what the group agrees on, right or wrong."""
+OF_PROGRESS = "shape/mrt_progress"
 CASES = ("random", "all correct", "all wrong", "one success", "equal lengths")
 PADDED = ("mask", "advantages", "old_entropy", "old_logps", "teacher_logps")
 

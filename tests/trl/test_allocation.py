@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl.trainer.utils
 from hydra import compose, initialize_config_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,7 @@ from tests.trl.two_ranks import APPENDED, ReplayedWithEnds, reward
 CONF = Path(__file__).resolve().parents[2] / "conf/exp"
 EXPS = sorted(str(path.relative_to(CONF))[:-5] for path in CONF.glob("**/*.yaml") if path.parent.name != "paper")
 VOCABULARY, ROWS, LONGEST = 150_000, 16, 8
-TILE = 8192
+TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 """Columns of the vocabulary that TRL's head takes at a time, on a CPU of all tokens of a forward, prompts too."""
 FAST = ("gtpo_entropy", "kdrl", "kl_cov", "laser_self_reward", "spine/reference_band", "thr")
 """Together they name every signal that a forward makes; all others are slow."""
