@@ -137,6 +137,7 @@ def load_traces(
     columns: Mapping[str, str | Sequence[str]],
     template: str = "{problem}",
     formats: Mapping[str, str] | None = None,
+    key: str = "data.traces_path",
 ) -> Dataset:
     """Problems with whole completions, for a supervised stage.
 
@@ -150,6 +151,7 @@ def load_traces(
             length of its thinking as `rltoken.star` tells it, may be left out.
         template: the user message; `{problem}` stands for the problem.
         formats: format -> the tag that opens it.
+        key: the setting that holds the path, which messages name; `columns` stands beside it.
 
     Returns:
         Columns `prompt` ([{"role": "user", "content": str}]), `completion` (str) and, where they are asked for and the
@@ -161,39 +163,42 @@ def load_traces(
     from rltoken.methods.ada_grpo import written
 
     if path is None:
-        raise UserError("data.traces_path: there are no traces. Set it to a .jsonl, .json or .parquet file.")
-    source = _read_file(path, "data.traces_path")
-    found = _columns_of_traces(source, columns, path)
-    told = [key for key in ("format", "tokens") if found.get(key)]
+        raise UserError(f"{key}: there are no traces. Set it to a .jsonl, .json or .parquet file.")
+    source = _read_file(path, key)
+    section = key.removesuffix("_path").removesuffix(".path")
+    found = _columns_of_traces(source, columns, path, section)
+    told = [name for name in ("format", "tokens") if found.get(name)]
     rows = []
     for example in source:
         prompt, text = _messages(example[found["prompt"]], template), example[found["completion"]]
         form = example[found["format"]] if "format" in told else None
         if form is not None and form not in (formats or {}):
             raise UserError(
-                f"data.traces.columns.format: {path} holds the format {form!r}; model.formats has: "
+                f"{section}.columns.format: {path} holds the format {form!r}; model.formats has: "
                 f"{', '.join(formats or ['none'])}. Correct the file, or add its tag there."
             )
         if form is not None:
             text = written(form, text, str(example[found["answer"]]), formats)
         if prompt and isinstance(text, str) and text.strip():
-            rows.append({"prompt": prompt, "completion": text} | {key: example[found[key]] for key in told})
+            rows.append({"prompt": prompt, "completion": text} | {name: example[found[name]] for name in told})
     if not rows:
-        raise UserError(f"data.traces_path: {path} has no row with a problem and a completion. Correct the file.")
+        raise UserError(f"{key}: {path} has no row with a problem and a completion. Correct the file.")
     if len(rows) < len(source):
-        logger.warning("data.traces_path: dropped %d of %d rows without both.", len(source) - len(rows), len(source))
+        logger.warning("%s: dropped %d of %d rows without both.", key, len(source) - len(rows), len(source))
     return Dataset.from_list(rows)
 
 
-def _columns_of_traces(source: Dataset, columns: Mapping[str, str | Sequence[str]], path: str) -> dict[str, str | None]:
+def _columns_of_traces(
+    source: Dataset, columns: Mapping[str, str | Sequence[str]], path: str, section: str
+) -> dict[str, str | None]:
     """The source's column for each key, the first that is there; None for a format, or an answer that nobody needs."""
     wanted = {key: [names] if isinstance(names, str) else list(names) for key, names in columns.items()}
     found = {key: next((name for name in names if name in source.column_names), None) for key, names in wanted.items()}
     for key in ("prompt", "completion", *(["answer"] if found.get("format") else [])):
         if found[key] is None:
             raise UserError(
-                f"data.traces.columns.{key}: {path} has no column {' or '.join(map(repr, wanted[key]))}; it has: "
-                f"{', '.join(source.column_names)}. Set data.traces.columns.{key} to one of them."
+                f"{section}.columns.{key}: {path} has no column {' or '.join(map(repr, wanted[key]))}; it has: "
+                f"{', '.join(source.column_names)}. Set {section}.columns.{key} to one of them."
             )
     return found
 

@@ -76,7 +76,7 @@ def by_length(path: str, *, short: str, medium: str, long: str, template: str = 
         UserError: the file cannot be read, or tells no lengths.
     """
     columns = {"prompt": "prompt", "completion": "completion", "tokens": "tokens"}
-    traces = load_traces(path=path, columns=columns, template=template)
+    traces = load_traces(path=path, columns=columns, template=template, key="sft.traces.path")
     if "tokens" not in traces.column_names:
         raise UserError(f"sft.traces.path: {path} has no column 'tokens'; name a file of python -m rltoken.star.")
     rows = sorted(traces, key=lambda row: row["tokens"])

@@ -228,3 +228,11 @@ def test_files_without_what_is_needed_are_refused(tmp_path, row, message):
         load_traces(path=stored(tmp_path, row), columns=COLUMNS, formats=TAGS)
     with pytest.raises(UserError, match=r"data\.traces_path: there is no file"):
         load_traces(path=str(tmp_path / "none.jsonl"), columns=COLUMNS)
+
+
+@pytest.mark.parametrize("sft", ["traces", "levels"])
+def test_messages_name_the_setting_that_holds_the_file(cli, tmp_path, sft):
+    found = cli("+exp=tldr_style", f"sft={sft}", f"sft.traces.path={tmp_path / 'none.jsonl'}")
+    assert found.status == 2 and "\nerror: sft.traces.path: there is no file" in f"\n{found.err}", found.err
+    found = cli("+exp=tldr_style", f"sft={sft}", f"sft.traces.path={stored(tmp_path, {'question': 'a'})}")
+    assert found.status == 2 and "\nerror: sft.traces.columns.prompt: " in f"\n{found.err}", found.err

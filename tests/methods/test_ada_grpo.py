@@ -178,6 +178,12 @@ def test_what_has_another_structure_than_its_format_is_worth_nothing_and_stays_i
     assert close(shaped_at(0, texts=texts, rewards=torch.ones(4), tags=TINY), [2.0, 2.0, 4.0, 4.0])
 
 
+def test_a_structure_may_span_lines():
+    kept = {"short": "<COT>.*</COT>.*</ANSWER>"}
+    assert format_of(BODY["short"], TAGS, kept) == (1, True)
+    assert format_of(BODY["short"] + " and more", TAGS, kept) == (1, False)
+
+
 def test_without_diversity_it_is_the_gate_alone():
     texts = [*TEXTS[:7], "no format"]
     assert torch.equal(shaped_at(0, texts=texts, diversity=False), REWARDS * torch.tensor([1.0] * 7 + [0.0]))

@@ -23,7 +23,7 @@ def some_success(completion_ids, **_):
 
 def campo(*, stages=((0, 12),), clips=(CLIP,), windows=None, penalty=True, **settings):
     """The stages of CAMPO, fresh ones since the control keeps state."""
-    control = StagedLength(stages=stages, clips=clips, longest=12, windows=windows, rise=settings.pop("rise", 0.0))
+    control = StagedLength(stages=stages, clips=clips, longest=12, windows=windows, rise=settings.pop("rise", 0.02))
     return {
         "controls": {"campo": control},
         "rows": {"dynamic": functools.partial(dynamic_sampling, max_rounds=2)},

@@ -93,6 +93,18 @@ def test_the_bonus_reaches_the_reward(run):
     assert any(progress.abs().max() > 0 for _, progress in seen)
 
 
+def test_progress_is_the_score_after_the_episode_less_that_of_the_answers_at_the_prefix(run, monkeypatch):
+    """Every answer after an episode scores 2; those at the prefix are the group's terminating rows."""
+    monkeypatch.setattr("rltoken.methods.mrt.mean_scores", lambda rollout, sampler, cuts, **_: torch.full((8,), 2.0))
+    look = []
+    run(method(look, progress_answers=2), **SGD)
+    for rollout in look:
+        n, size = len(rollout.inputs), rollout.group_size
+        before = torch.tensor([row.reward for row in rollout.rows[n:]]).view(n // size, -1).mean(1)
+        expected = 2.0 - before.repeat_interleave(size)
+        torch.testing.assert_close(rollout.signals["episode_progress"], expected)
+
+
 def test_the_bonus_needs_progress_to_be_measured(run):
     with pytest.raises(UserError, match=r"no rows stage published 'episode_progress'"):
         run(method([], shapes={"progress": mrt_progress}), **SGD)
