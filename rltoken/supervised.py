@@ -90,9 +90,10 @@ def _train(cfg: DictConfig, run: Path, args: SFTConfig, lora: LoraConfig | None,
     leave_terminal_to_us()
     found = runs.checkpoint(run, cfg, runs.SUPERVISED) if runs.is_main_process() else None
     with PartialState().main_process_first():
+        traces = instantiate(cfg.sft.traces)  # first: a mistake in it is told before a model is made
         path = parts.source(cfg.model)
         tokenizer = parts.tokenizer(cfg.model, path)
-        rows = encoded(instantiate(cfg.sft.traces), tokenizer)
+        rows = encoded(traces, tokenizer)
     final.parent.mkdir(exist_ok=True)
     with ProgressLine(label="supervised", shown=SUPERVISED) as progress:
         trainer = SupervisedTrainer(
