@@ -158,15 +158,12 @@ def plant(
     places = (number.unsqueeze(1) * packed.size(1) + column).masked_fill(~kept, 0)
     labels = torch.full_like(packed, -100).flatten()
     labels[places[kept]] = ids[:, -completion_columns:][kept]
-    if flex:
-        blocks = _block_mask(owner, reach, trunk_columns)
-    else:
-        blocks = _blocks(owner, positions, reach, trunk_columns, dtype)
+    seen = owner, reach, trunk_columns
     return Tree(
         ids=packed,
         positions=torch.cat([columns[:trunk_columns].expand(len(trunks), -1), positions], 1),
         labels=labels.view_as(packed),
-        blocks=blocks,
+        blocks=_block_mask(*seen) if flex else _blocks(*seen, positions, dtype),
         places=places,
     )
 
@@ -263,9 +260,9 @@ def _starts(sizes: Tensor, number: Tensor, families: int) -> tuple[Tensor, int]:
 
 
 def _blocks(
-    owner: Tensor, positions: Tensor, reach: Tensor, trunk_columns: int, dtype: torch.dtype
+    owner: Tensor, reach: Tensor, trunk_columns: int, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Block, ...]:
-    """Blocks for [R, M] branch columns: the row, the position and the trunk columns seen of the token in each.
+    """Blocks for [R, M] branch columns: the row, the trunk columns seen and the position of the token in each.
 
     Padding (row -1) attends to padding, so that no line is empty: a softmax over nothing is NaN, and its gradient too.
     """
