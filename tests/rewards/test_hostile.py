@@ -36,7 +36,7 @@ def test_grading_ends_in_a_counted_outcome_and_the_neighbours_keep_theirs(name):
     assert (before, after) == (Outcome.CORRECT, Outcome.WRONG)
     assert hostile in list(Outcome)
     assert rewards == [1.0, float(name in RIGHT), 0.0]
-    assert took < SECONDS + 30, "it is killed; what is waited for beside is a busy machine"
+    assert took < SECONDS + 1
 
 
 @pytest.mark.parametrize("name", ["expanded_binomial", "integral", "tower", "nan", "surrogates", "lone_surrogate"])
