@@ -83,11 +83,16 @@ CHOICES = {
 SHARE = 8
 
 
+def exps() -> list[str]:
+    """The names of all experiments but those at a paper's scale."""
+    names = sorted(str(path.relative_to(ROOT / "conf/exp"))[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
+    return [name for name in names if not name.startswith("paper/")]
+
+
 def drawn(seed: int, number: int) -> list[str]:
     """The configuration of that number, in the words of the command line."""
     draw = random.Random(f"{seed} {number}")
-    exps = sorted(str(path.relative_to(ROOT / "conf/exp"))[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
-    chosen = [f"exp={draw.choice([exp for exp in exps if not exp.startswith('paper/')])}"]
+    chosen = [f"exp={draw.choice(exps())}"]
     for group in draw.sample(STAGES, draw.choice(range(MOST_STAGES + 1))):
         names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
         chosen.append(f"{group}={draw.choice(names)}")

@@ -30,19 +30,13 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # set before torch looks: a f
 
 import torch
 from forks import run, training
-from fuzz import NEEDED, ROOT, SMALL, outcome
+from fuzz import NEEDED, SMALL, exps, outcome
 from rich.console import Console
 from rich.progress import track
 
 from rltoken.report import read_metrics
 
 VARIANTS = {"all weights": (), "LoRA": ("+lora=default",)}
-
-
-def exps(pattern: str) -> list[str]:
-    """The names of the experiments that match, without those at a paper's scale."""
-    names = sorted(str(path.relative_to(ROOT / "conf/exp"))[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
-    return [name for name in names if not name.startswith("paper/") and re.fullmatch(pattern, name)]
 
 
 def measured(overrides: list[str]) -> Callable[[], None]:
@@ -78,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # here and in every fork, which would wait for threads that it does not have
     out, failed = Path(tempfile.mkdtemp(prefix="gpu-check-")), 0
-    asked = [(variant, name) for variant in VARIANTS for name in exps(options.only)]
+    asked = [(variant, name) for variant in VARIANTS for name in exps() if re.fullmatch(options.only, name)]
     for number, (variant, name) in enumerate(track(asked, "experiments", console=Console(stderr=True))):
         extra = (*VARIANTS[variant], f"hardware={options.hardware}", *options.also)
         what, told = checked(name, extra, out / str(number))
