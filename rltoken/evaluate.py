@@ -154,17 +154,39 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     cli.leave_terminal_to_us()
     state = PartialState(cpu=cfg.trainer.use_cpu)
     prepared = [prepare(subject, state) for subject in found]
+    with alone(folder, state):
+        compare(found, prepared, folder, state)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, state: PartialState) -> Iterator[None]:
+    """Be the only command that writes results into a folder inside the context, which is made if it is not there.
+
+    Raises:
+        UserError: it cannot be made, or another process evaluates there.
+    """
+    if state.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {folder} cannot be made ({error.strerror}); choose another with out=...") from error
+    with runs.alone(folder, "out", "evaluates"):
+        state.wait_for_everyone()  # another process may have finished it while rank 0 waited for the folder
+        yield
+
+
+def compare(found: Sequence[Subject], prepared: Sequence[Prepared], folder: Path, state: PartialState) -> None:
+    """Evaluate every model into a folder that is this command's alone, and write and show what comes of it.
+
+    Raises:
+        UserError: the folder holds another evaluation, or a model cannot be evaluated.
+    """
     facts = {subject.name: one.facts for subject, one in zip(found, prepared, strict=True)}
     if (folder / RESULTS).exists():
         repeat(folder, facts)
         return
     for subject, one in zip(found, prepared, strict=True):
         shards.check(shards_of(subject, folder), one.facts)
-    if state.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: {folder} cannot be made ({error.strerror}); choose another with out=...") from error
     tables = {
         subject.name: evaluated(subject, one, folder, state) for subject, one in zip(found, prepared, strict=True)
     }

@@ -82,11 +82,15 @@ def is_main_process() -> bool:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the only run in a directory inside the context, which is made if it is not there (rank 0 only).
+def alone(folder: Path, key: str = "name", works: str = "trains") -> Iterator[None]:
+    """Be the only command in a directory inside the context, which is made if it is not there (rank 0 only).
+
+    Args:
+        key: of the configuration, by which another directory is chosen.
+        works: what another process does there, for the message.
 
     Raises:
-        UserError: another process trains there, or the directory cannot be made.
+        UserError: another process is there, or the directory cannot be made.
     """
     if not is_main_process() or (folder.exists() and not folder.is_dir()):
         yield
@@ -97,7 +101,7 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _not_writable(folder, error) from error
     try:
-        _lock(folder, descriptor)
+        _lock(folder, descriptor, key, works)
         yield
     finally:
         os.close(descriptor)
@@ -105,7 +109,7 @@ def alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _lock(folder: Path, descriptor: int) -> None:
+def _lock(folder: Path, descriptor: int, key: str, works: str) -> None:
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -113,7 +117,7 @@ def _lock(folder: Path, descriptor: int) -> None:
         except BlockingIOError as error:
             if time.monotonic() > until:
                 raise UserError(
-                    f"name: another process trains in {folder}; wait for its end, or choose another name=..."
+                    f"{key}: another process {works} in {folder}; wait for its end, or choose another {key}=..."
                 ) from error
             time.sleep(0.2)
         except OSError:  # a file system without locks

@@ -105,20 +105,20 @@ def run(cfg: DictConfig, overrides: Sequence[str]) -> None:
     state = PartialState(cpu=cfg.trainer.use_cpu)
     prepared = evaluate.prepare(subject, state, "train", ("star",))
     batches = out.with_name(f"{out.name}.shards")
-    shards.check(batches, prepared.facts)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        batches.mkdir(parents=True, exist_ok=True)
-        shards.begin(batches, prepared.facts)
-    state.wait_for_everyone()
-    table = made(subject.cfg, prepared, state, batches)
-    if state.is_main_process:
-        lines = written(table, prepared.problems)
-        if not lines:
-            raise UserError(f"star: none of {len(table)} traces is kept; raise eval.samples or eval.limit.")
-        shards.written(out, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
-        shutil.rmtree(batches)
-        print(told(table, lines, out))
+    with evaluate.alone(batches, state):
+        shards.check(batches, prepared.facts)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shards.begin(batches, prepared.facts)
+        state.wait_for_everyone()
+        table = made(subject.cfg, prepared, state, batches)
+        if state.is_main_process:
+            lines = written(table, prepared.problems)
+            if not lines:
+                raise UserError(f"star: none of {len(table)} traces is kept; raise eval.samples or eval.limit.")
+            shards.written(out, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            shutil.rmtree(batches)
+            print(told(table, lines, out))
 
 
 def checked(cfg: DictConfig, overrides: Sequence[str]) -> evaluate.Subject:

@@ -11,6 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from rltoken import runs
+
 SHORT = ("eval.limit=3", "eval.samples=2", "eval.max_new_tokens=24", "eval.budgets=[4,8,24]")
 
 
@@ -58,6 +60,16 @@ def test_the_evaluation_of_a_run_is_repeated_exactly(cli, two_runs):
     assert found.status == 0, found.err
     results = json.loads((found.cwd / "again/metrics.json").read_text())
     assert results["models"]["brpo"] == report["after"]
+
+
+def test_a_second_process_in_the_folder_of_results_is_refused(cli, two_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.1)
+    with runs.alone(tmp_path / "mine"):
+        found = cli.evaluate(f"runs=[{two_runs}/brpo]", *SHORT, "out=mine")
+    assert found.status == 2 and "error: out: another process evaluates in mine; wait for its end, or" in found.err
+    with runs.alone(tmp_path / "traces.jsonl.shards"):
+        found = cli.star(f"runs=[{two_runs}/brpo]", "out=traces.jsonl")
+    assert found.status == 2 and "error: out: another process evaluates in traces.jsonl.shards; wait" in found.err
 
 
 ASKED = "eval.self_reward.reference=-4"
