@@ -191,7 +191,7 @@ def to_grpo_config(trainer: DictConfig, *, output_dir: str, seed: int) -> GRPOCo
     """
     from trl import GRPOConfig
 
-    from rltoken.pipeline import refuse_split_groups
+    from rltoken.combinations import refuse_split_groups
 
     settings, gpu = _on_this_machine(trainer)
     _check_values(settings)

@@ -216,7 +216,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     Raises:
         UserError: a combination that makes no sense.
     """
-    from rltoken import supervised, teachers
+    from rltoken import combinations, supervised, teachers
     from rltoken.evals import prompts
     from rltoken.pipeline import build
 
@@ -227,7 +227,7 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     launching.refuse_apart(os.environ, args.world_size)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
-    pipeline.check(args, warn=False)  # the trainer checks it too, and warns where the run's log has it
+    combinations.check(pipeline, args, warn=False)  # the trainer checks it too, and warns where the run's log has it
     teachers.check(cfg, pipeline, args)
     supervised.arguments(cfg, folder)
     return pipeline, args, adapters.lora(cfg.model.lora)

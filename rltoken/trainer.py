@@ -22,12 +22,25 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from rltoken import combinations
 from rltoken.errors import UserError, first_line
-from rltoken.pipeline import ROW_LOSSES, Pipeline, Stage, act, build, change_prompts, check_controlled, fit, look
+from rltoken.pipeline import Pipeline, Stage, build
 from rltoken.rng import forked_rng
 from rltoken.rollout import agreement, packs, tree
 from rltoken.rollout.logits import Change
 from rltoken.rollout.sampler import NO_CLASSES, PromptStream, TrainerSampler, weighted_sum
+from rltoken.running import (
+    act,
+    change_prompts,
+    check_controlled,
+    check_rollout,
+    finite,
+    look,
+    non_negative,
+    noted,
+    per_token,
+    shape,
+)
 from rltoken.signals import NEVER_GATHERED, Signals, correctness, gathered, sampled_makers, thinking_length, window_rng
 from rltoken.teachers import SIGNAL, Teacher, refuse_missing
 from rltoken.trl_compat import Replay, SeamTrainer, gather_list
@@ -108,7 +121,7 @@ class TokenGRPOTrainer(SeamTrainer):
         self._pack_shares: tuple[float, float] = (1.0, 1.0)
         super().__init__(*args, **kwargs)
         self._function_names = list(self.reward_func_names)
-        self.pipeline.check(self.args)
+        combinations.check(self.pipeline, self.args)
         self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
         self.packing = self._packing(packing)
         self._check()
@@ -513,7 +526,7 @@ class TokenGRPOTrainer(SeamTrainer):
 
     def step_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of a micro-batch with the pipeline's bounds, weights, ratios and auxiliary losses."""
-        scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
+        scale = inputs.get("row_scale", 1.0) if self.loss_type in combinations.ROW_LOSSES else 1.0
         live = self.pipeline.stages(live=True) if model.training else []
         if not live and inputs.keys().isdisjoint(("eps_low", "replaced_logps")):
             loss = self.stock_loss(model, inputs)
@@ -608,7 +621,7 @@ class TokenGRPOTrainer(SeamTrainer):
             max_length=self.max_completion_length,
             window_tokens=window_tokens / self.args.steps_per_generation,
         )
-        scale = inputs.get("row_scale", 1.0) if self.loss_type in ROW_LOSSES else 1.0
+        scale = inputs.get("row_scale", 1.0) if self.loss_type in combinations.ROW_LOSSES else 1.0
         return loss * scale / steps
 
     def _log_metrics(self, found: Mapping[str, Any]) -> None:
@@ -769,53 +782,6 @@ class TokenGRPOTrainer(SeamTrainer):
             )
 
 
-def noted(stage: Stage, *, one_each: bool = False) -> tuple[Stage, dict[str, Any]]:
-    """The stage returning its tensor alone, and where its `metrics` and whether that is `per_row` are put aside.
-
-    With `one_each` one number for all rows and tokens is refused.
-    """
-    found: dict[str, Any] = {}
-
-    @functools.wraps(stage.call)
-    def alone(*needed: Any) -> Any:
-        """The stage's result without its metrics.
-
-        Raises:
-            UserError: it is one number, or none.
-        """
-        value, found["metrics"] = apart(stage.call(*needed))
-        dimensions = value.dim() if isinstance(value, Tensor) else 0
-        if one_each and dimensions == 0:
-            raise UserError(
-                f"{stage.key}: the stage returned one number or none; return one per token or row: [B, T] or [B]."
-            )
-        found["per_row"] = dimensions == 1
-        return value
-
-    return dataclasses.replace(stage, call=alone), found
-
-
-def apart(result: Any) -> tuple[Any, Mapping[str, float]]:
-    """What a stage returned and its metrics, where it returned both."""
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
-        return result
-    return result, {}
-
-
-def shape(stage: Stage, signals: Signals) -> Mapping[str, float]:
-    """Let a shape stage replace the signal `rewards`; the metrics that it returned beside them.
-
-    Raises:
-        UserError: it is NaN where there was a reward.
-    """
-    result, metrics = apart(stage.run(signals))
-    shaped = fit(stage, result, signals["rewards"])
-    if (shaped.isnan() & ~signals["rewards"].isnan()).any():
-        raise UserError(f"{stage.key}: a shaped reward is NaN where there was a reward; return a number for it.")
-    signals.put("rewards", shaped)
-    return metrics
-
-
 def replay_of(rollout: Rollout, ends: tuple[int, ...]) -> Replay:
     """What TRL's window code is to see of a finished rollout; `ends` complete a completion too."""
     rows, originals = rollout.rows, len(rollout.inputs)
@@ -838,57 +804,3 @@ def replay_of(rollout: Rollout, ends: tuple[int, ...]) -> Replay:
 def originals_as_rows(completion_ids: Sequence[list[int]]) -> list[Row]:
     """The rows of a window that no rows stage has seen."""
     return [Row([], ids, [1] * len(ids), parent=i) for i, ids in enumerate(completion_ids)]
-
-
-def check_rollout(stage: Stage, rollout: Rollout, originals: int) -> None:
-    """Refuse a rollout that TRL's window code could not replay.
-
-    Raises:
-        UserError: names the stage and what is wrong with which row.
-    """
-    if len(rollout.inputs) != originals or len(rollout.rows) < originals:
-        raise UserError(
-            f"{stage.key}: returned {len(rollout.inputs)} prompts and {len(rollout.rows)} rows for {originals} "
-            "prompts; a rows stage may replace or add rows, but one thinking row per prompt must stay, and come first."
-        )
-    for i, row in enumerate(rollout.rows):
-        if i < originals and (row.kind != THINKING or row.parent != i):
-            raise UserError(f"{stage.key}: row {i} must be the thinking row of prompt {i}; it is '{row.kind}'.")
-        if not 0 <= row.parent < originals or not row.completion_ids:
-            raise UserError(f"{stage.key}: row {i} has no completion token, or no thinking row as parent.")
-        if len(row.train_mask) != len(row.completion_ids):
-            raise UserError(f"{stage.key}: row {i} has a train mask of another length than its completion.")
-        if row.logps is not None and len(row.logps) != len(row.completion_ids):
-            raise UserError(f"{stage.key}: row {i} has log-probabilities for another number of tokens than it has.")
-
-
-def finite(stage: Stage, values: Tensor) -> Tensor:
-    """The values themselves.
-
-    Raises:
-        UserError: one is infinite or not a number, and would end in weights that are.
-    """
-    if not bool(values.isfinite().all()):
-        raise UserError(f"{stage.key}: a value on a trained token is not finite; guard the division or the logarithm.")
-    return values
-
-
-def non_negative(stage: Stage, weights: Tensor) -> Tensor:
-    """The weights themselves.
-
-    Raises:
-        UserError: one is negative; what turns the sign belongs into a credit stage.
-    """
-    if bool((weights < 0).any()):
-        raise UserError(
-            f"{stage.key}: a weight is negative (smallest: {weights.min().item():.4g}); weights scale a token's "
-            "update, so return values >= 0, or change the sign of the advantage in a credit stage."
-        )
-    return weights
-
-
-def per_token(advantages: Tensor, like: Tensor) -> Tensor:
-    """[B] advantages spread over the tokens of `like` [B, T]; [B, T] ones as they are."""
-    if advantages.dim() == 2:
-        return advantages
-    return advantages.unsqueeze(1).expand(like.shape)

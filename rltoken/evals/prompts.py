@@ -20,7 +20,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rltoken.errors import UserError, nearest
-from rltoken.pipeline import Pipeline, build, change_prompts
+from rltoken.pipeline import Pipeline, build
+from rltoken.running import change_prompts
 from rltoken.types import Progress
 
 END = Progress(2**31, 2**31)

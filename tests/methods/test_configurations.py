@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
+from rltoken.combinations import check
 from rltoken.errors import UserError
 from rltoken.pipeline import build
 from tests.methods.configured import built
@@ -31,12 +32,12 @@ def test_two_forms_of_one_length_reward_are_refused_by_name(first, second):
     pipeline = built(f"+shape=[{first},{second}]")
     message = rf"method\.shapes\.{second}: it is another form of method\.shapes\.{first}, .*leave one of them out"
     with pytest.raises(UserError, match=message):
-        pipeline.check(args)
-    built(f"+shape=[{first},kimi_length]").check(args)
+        check(pipeline, args)
+    check(built(f"+shape=[{first},kimi_length]"), args)
 
 
 def test_two_shapes_of_a_users_own_file_are_not_forms_of_one_reward():
     args = GRPOConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none")
     pipeline = build({"shapes": {"one": lambda rewards: rewards, "two": lambda rewards: rewards}})
-    pipeline.check(args)
+    check(pipeline, args)
     assert [stage.key for stage in pipeline["shapes"]] == ["method.shapes.one", "method.shapes.two"]

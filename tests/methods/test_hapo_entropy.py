@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl import GRPOConfig
 
+from rltoken.combinations import check
 from rltoken.errors import UserError
 from rltoken.methods.hapo_entropy import (
     AdaptiveTemperature,
@@ -336,8 +337,8 @@ def test_back_ends_that_would_not_follow_are_refused(changes, told):
     args = GRPOConfig(use_cpu=True, **settings | changes)
     pipeline = build({"controls": {"hapo": AdaptiveTemperature(temperature=args.temperature)}})
     with pytest.raises(UserError, match=told):
-        pipeline.check(args)
-    build({}).check(args)
+        check(pipeline, args)
+    check(build({}), args)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_back_ends_that_follow_are_let_pass(changes):
     settings = {"output_dir": "unused", "per_device_train_batch_size": 8, "num_generations": 4, "bf16": False}
     args = GRPOConfig(use_cpu=True, **settings | changes)
     pipeline = build({"controls": {"hapo": AdaptiveTemperature(temperature=args.temperature)}})
-    pipeline.check(args)
+    check(pipeline, args)
     assert pipeline.changes_logits
 
 
@@ -362,7 +363,7 @@ def test_a_temperature_of_its_own_is_refused():
     with pytest.raises(
         UserError, match=r"^method\.controls\.hapo\.temperature: it moves around 0.5, .*trainer\.temperature=1; "
     ):
-        pipeline.check(GRPOConfig(use_cpu=True, **settings))
+        check(pipeline, GRPOConfig(use_cpu=True, **settings))
 
 
 def test_dapo_is_hapo_without_its_stages():

@@ -14,13 +14,15 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from trl import GRPOConfig
 
+from rltoken.combinations import check
 from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, thinking_only
 from rltoken.methods.clip_range import clip_range
 from rltoken.methods.hapo_entropy import tempered
 from rltoken.methods.ttrl import majority_vote
-from rltoken.pipeline import SLOTS, Stage, act, build, look
+from rltoken.pipeline import SLOTS, Stage, build
 from rltoken.ranges import Count, Range, Share
+from rltoken.running import act, look
 from rltoken.types import LIVE, SAMPLED, SCORED
 
 
@@ -294,7 +296,7 @@ def test_a_change_of_logits_is_announced_and_can_be_called(attributes, message):
     pipeline = build({"controls": {"mine": changing(**attributes)}})
     assert pipeline.changes_logits == bool(attributes)
     with pytest.raises(UserError, match=message):
-        pipeline.check(arguments())
+        check(pipeline, arguments())
 
 
 def test_unknown_slot_names_the_nearest():
@@ -341,8 +343,8 @@ def test_combinations_are_refused_before_anything_loads(name):
     stages, changes, message = COMBINATIONS[name]
     pipeline, args = build(stages), arguments(**changes)
     with pytest.raises(UserError, match=message):
-        pipeline.check(args)
-    build({}).check(args)
+        check(pipeline, args)
+    check(build({}), args)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_combinations_are_refused_before_anything_loads(name):
     ids=str,
 )
 def test_bounds_that_never_act_are_warned_of(caplog, changes, idle):
-    build({"bounds": {"range": clip_range}}).check(arguments(**changes))
+    check(build({"bounds": {"range": clip_range}}), arguments(**changes))
     assert ("method.bounds.range: each window is trained in one optimizer step" in caplog.text) == idle
 
 
@@ -364,7 +366,7 @@ def test_split_group_is_refused():
     args = arguments()
     args.per_device_train_batch_size = 6  # as on two ranks, whose global batch of 12 holds three groups of 4
     with pytest.raises(UserError, match=r"trainer\.num_generations: .*split over ranks.*multiple of num_generations"):
-        build({}).check(args)
+        check(build({}), args)
 
 
 def test_a_stage_that_raises_names_itself():
@@ -457,7 +459,7 @@ EARLY = {
 def test_what_only_the_first_window_would_show_is_refused_before_it(name):
     stages, message = EARLY[name]
     with pytest.raises(UserError, match=message):
-        build(stages).check(arguments(max_completion_length=16))
+        check(build(stages), arguments(max_completion_length=16))
 
 
 def test_trying_a_control_stage_leaves_its_state_alone():
@@ -469,7 +471,7 @@ def test_trying_a_control_stage_leaves_its_state_alone():
             return {"max_completion_length": 8}
 
     counter = Counter()
-    build({"controls": {"counter": counter}}).check(arguments())
+    check(build({"controls": {"counter": counter}}), arguments())
     assert counter.calls == 0
 
 
@@ -484,7 +486,7 @@ def test_trying_a_bounds_stage_leaves_its_state_alone():
             return 0.2, 5.0
 
     counter = Counter()
-    build({"bounds": {"counter": counter}}).check(arguments())
+    check(build({"bounds": {"counter": counter}}), arguments())
     assert counter.calls == 0
 
 

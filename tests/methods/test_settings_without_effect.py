@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from trl import GRPOConfig
 
+from rltoken import combinations
 from rltoken.config import register_schemas, to_grpo_config
 from rltoken.errors import UserError
 from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
@@ -30,7 +31,7 @@ def check(*overrides):
         cfg = compose("config", overrides=list(overrides))
     args = to_grpo_config(cfg.trainer, output_dir="unused", seed=0)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
-    pipeline.check(args)
+    combinations.check(pipeline, args)
     return pipeline
 
 
@@ -174,7 +175,7 @@ def test_warned_of(caplog, name):
     overrides, message = WARNED[name]
     with caplog.at_level(logging.WARNING):
         check(*overrides)
-    (record,) = (record for record in caplog.records if record.name == "rltoken.pipeline")
+    (record,) = (record for record in caplog.records if record.name == "rltoken.combinations")
     assert re.match(message, record.getMessage())
 
 
@@ -185,7 +186,7 @@ def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
         cfg = compose("config", overrides=["+exp=kl_cov", "trainer.num_iterations=1"])
     with caplog.at_level(logging.WARNING):
         checked(cfg, tmp_path)
-    assert not [record for record in caplog.records if record.name == "rltoken.pipeline"]
+    assert not [record for record in caplog.records if record.name == "rltoken.combinations"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
 def test_what_acts_is_not_warned_of(caplog, overrides):
     with caplog.at_level(logging.WARNING):
         check(*overrides)
-    assert not [record for record in caplog.records if record.name == "rltoken.pipeline"]
+    assert not [record for record in caplog.records if record.name == "rltoken.combinations"]
 
 
 def test_k1_has_a_gradient_that_does_not_know_the_teacher():
@@ -226,9 +227,9 @@ def test_halves_and_forms_may_be_settings_of_a_user():
     settings = {"per_device_train_batch_size": 8, "num_generations": 4, "bf16": False, "use_cpu": True}
     args = GRPOConfig(output_dir="unused", loss_type="grpo", **settings)
     own = functools.partial(own_share, kinds=("thinking",))
-    build({"weights": {"mine": own}, "ratios": {"its": sequence_ratio}}).check(args)
+    combinations.check(build({"weights": {"mine": own}, "ratios": {"its": sequence_ratio}}), args)
     with pytest.raises(UserError, match=r"method\.weights\.mine: "):
-        build({"weights": {"mine": own}}).check(args)
+        combinations.check(build({"weights": {"mine": own}}), args)
     bands = {"one": functools.partial(entropy_band, coef=0.1), "other": functools.partial(reference_band, coef=0.1)}
     with pytest.raises(UserError, match=r"method\.aux\.other: it is another form of method\.aux\.one"):
-        build({"aux": bands}).check(args)
+        combinations.check(build({"aux": bands}), args)

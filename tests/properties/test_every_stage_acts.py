@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf.errors import InterpolationKeyError
 
+from rltoken.combinations import check
 from rltoken.config import register_schemas, to_grpo_config
 from rltoken.errors import UserError
 from rltoken.ops import group_mean
-from rltoken.pipeline import build, change_prompts
+from rltoken.pipeline import build
+from rltoken.running import apart, change_prompts
 from rltoken.tiny.data import problems
 from rltoken.tiny.world import World
-from rltoken.trainer import apart
 from rltoken.types import LIVE, PUBLISHED, Progress
 from tests.properties import test_every_shape_and_credit as rewarded
 from tests.properties import test_every_token_stage as scored
@@ -83,7 +84,7 @@ def checked(name, tmp_path, iterations):
         pipeline = build(instantiate(cfg.method, _convert_="object"))
     except InterpolationKeyError as error:
         raise UserError(f"{error}, which does not exist") from error  # in the words of rltoken.config.explain
-    pipeline.check(args)
+    check(pipeline, args)
     (stage,) = pipeline[SLOTS[name.partition("/")[0]]]
     return stage
 

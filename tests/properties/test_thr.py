@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from rltoken.methods.thr import nthr, thr
-from rltoken.pipeline import act, build
-from rltoken.trainer import noted
+from rltoken.pipeline import build
+from rltoken.running import act, noted
 from rltoken.types import Head
 
 VARIANTS = {
