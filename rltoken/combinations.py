@@ -45,6 +45,7 @@ def check(pipeline: Pipeline, args: GRPOConfig, *, warn: bool = True) -> None:
     refuse_split_groups(args.per_device_train_batch_size, args.steps_per_generation, args.num_generations)
     _check_kinds(pipeline)
     _check_published(pipeline)
+    _check_rows(pipeline)
     _check_marks(pipeline)
     _check_halves(pipeline)
     _check_alternatives(pipeline)
@@ -92,11 +93,22 @@ def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
         for name in settings.keys() & set_by.keys():
             logger.warning("%s: it sets %s too, so that %s has no say in it.", stage.key, name, set_by[name])
         set_by |= dict.fromkeys(settings, stage.key)
-        if settings.get("stop_at_think_end") and not pipeline["rows"]:
-            raise UserError(
-                f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
-                "that forces answers, such as +rows=brpo."
-            )
+        if settings.get("stop_at_think_end"):
+            _check_answers_are_forced(stage, pipeline)
+
+
+def _check_answers_are_forced(stage: Stage, pipeline: Pipeline) -> None:
+    """Refuse a control that stops sampling at the end of thinking where a reward is needed before there is any."""
+    if not pipeline["rows"]:
+        raise UserError(
+            f"{stage.key}: sampling stops at the end of thinking, so there is no answer to grade; add a rows stage "
+            "that forces answers, such as +rows=brpo."
+        )
+    if pipeline["rows"][0].replaces_rows:
+        raise UserError(
+            f"{pipeline['rows'][0].key}: there is no reward yet, since sampling stops at the end of thinking; leave "
+            f"out the control stage that stops it, by ~{stage.key}."
+        )
 
 
 def _check_sampling(pipeline: Pipeline, args: GRPOConfig) -> None:
@@ -153,6 +165,16 @@ def _check_published(pipeline: Pipeline) -> None:
             raise UserError(
                 f"{stage.key}: no stage names '{stage.only_for}', so what it samples would be thrown away; choose the "
                 "method whole with '+exp=...', or leave it out."
+            )
+
+
+def _check_rows(pipeline: Pipeline) -> None:
+    """Refuse to replace thinking rows from which others have been grown."""
+    for earlier, stage in itertools.pairwise(pipeline["rows"]):
+        if stage.replaces_rows:
+            raise UserError(
+                f"{stage.key}: it replaces thinking rows, so it must come before {earlier.key}; choose them in the "
+                f"other order, as '+rows=[{stage.name},{earlier.name}]', or +rows={stage.name} before +exp=..."
             )
 
 

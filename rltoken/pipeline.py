@@ -119,6 +119,8 @@ class Stage:
     """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
     around_one = _declared("around_one", False)
     """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
+    replaces_rows = _declared("replaces_rows", False)
+    """Whether a rows stage puts graded thinking rows in the place of others, and so has to come first."""
     per_response = _declared("per_response", False)
     """Whether it makes one term of a response out of the mean over its tokens, which the loss has to take."""
 

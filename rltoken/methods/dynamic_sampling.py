@@ -20,25 +20,17 @@ from rltoken.types import Rollout, Sampler
 
 
 def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: Count = 3) -> Rollout:
-    """Replace groups without spread in their raw total reward. Put it before stages that add rows.
+    """Replace groups without spread in their raw total reward, before other stages grow rows from them.
 
     Args:
         rollout: thinking rows only.
         max_rounds: how often to draw and sample for what is missing.
 
     Raises:
-        ValueError: the rollout already has added rows, which would lose their parents, or is not graded yet.
+        ValueError: the rollout is not graded yet.
     """
     if not rollout.graded:
-        raise ValueError(
-            "there is no reward yet, since sampling stops at the end of thinking; leave out the control stage that "
-            "stops it, such as ~method.controls.brpo"
-        )
-    if rollout.signals or len(rollout.rows) != len(rollout.inputs):
-        raise ValueError(
-            "dynamic sampling replaces thinking rows, so it must come before stages that add rows; on the command line "
-            "write +rows=dynamic_sampling before +exp=..."
-        )
+        raise ValueError("there is no reward yet, since sampling stops at the end of thinking")
     size, dropped, rounds = rollout.group_size, 0, 0
     flat = flat_groups(sampler.total(rollout.rewards), size)
     while rounds < max_rounds and sampler.most(len(flat)):
@@ -50,6 +42,9 @@ def dynamic_sampling(rollout: Rollout, sampler: Sampler, *, max_rounds: Count = 
     counts = {"dropped": dropped, "rounds": rounds, "flat": len(flat) * size / len(rollout.inputs)}
     metrics = {f"dynamic_sampling/{name}": float(count) for name, count in counts.items()}
     return dataclasses.replace(rollout, metrics=rollout.metrics | metrics)
+
+
+dynamic_sampling.replaces_rows = True
 
 
 def flat_groups(rewards: Tensor, size: int) -> list[int]:

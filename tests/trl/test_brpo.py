@@ -538,7 +538,7 @@ def test_dynamic_sampling_is_refused_before_and_after(run):
     before = stages | {"rows": {"dynamic": dynamic_sampling, "brpo": force}}
     assert_refused(run, before, r"method\.rows\.dynamic: .*there is no reward yet")
     after = stages | {"rows": {"brpo": force, "dynamic": dynamic_sampling}}
-    assert_refused(run, after, r"method\.rows\.dynamic: .*it must come before stages that add rows")
+    assert_refused(run, after, r"method\.rows\.dynamic: .*it must come before method.rows.brpo; choose")
 
 
 def test_dynamic_sampling_after_it_is_refused_even_if_no_row_was_added(script):
