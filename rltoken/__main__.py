@@ -1,0 +1,23 @@
+"""`python -m rltoken`: which commands there are."""
+
+import ast
+import sys
+from pathlib import Path
+
+COMMANDS = ("train", "evaluate", "overview", "star", "merge", "serve")
+
+
+def main() -> None:
+    """Print what each command does, in the first line of its module; to run one, it is called by its own name."""
+    for name in COMMANDS:
+        tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        print((ast.get_docstring(tree) or "").partition("\n")[0])
+    asked = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]
+    if asked:
+        command = asked[0] if asked[0] in COMMANDS else "train"
+        print(f"error: {asked[0]}: write python -m rltoken.{command}; --help explains the rest.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
