@@ -48,6 +48,7 @@ def main(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on, instead of printing and exiting
     config.register_schemas()
     refuse_dashes(sys.argv[1:], top_level)
+    refuse_bases(sys.argv[1:])
     try:
         job()
     except UserError as error:
@@ -117,6 +118,14 @@ def refuse_dashes(arguments: Sequence[str], top_level: Sequence[str]) -> None:
         if argument.startswith("--") and key.split(".")[0] in (*top_level, *config.GROUPS):
             plus = "+" if key in config.ADDED_GROUPS else ""
             fail(UserError(f"{argument}: overrides are written without dashes: {plus}{argument.lstrip('-')}"))
+
+
+def refuse_bases(arguments: Sequence[str]) -> None:
+    """Leave where a file is chosen that other choices of its group build on: alone it lacks what makes it one."""
+    for argument in arguments:
+        base = re.fullmatch(r"\+?(\w+)=(?:.*[\[,])?(_\w+)\b.*", argument)
+        if base and importlib.resources.files(CONFIG_MODULE).joinpath(base[1], f"{base[2]}.yaml").is_file():
+            fail(UserError(f"{base[1]}={base[2]}: it is only what other choices build on; --help lists those."))
 
 
 def user_error(error: BaseException) -> UserError | None:

@@ -49,6 +49,7 @@ def check(pipeline: Pipeline, args: GRPOConfig, *, warn: bool = True) -> None:
     _check_marks(pipeline)
     _check_halves(pipeline)
     _check_alternatives(pipeline)
+    _check_same(pipeline)
     _check_scale(pipeline, args)
     _check_controls(pipeline, args)
     _check_sampling(pipeline, args)
@@ -89,7 +90,8 @@ def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
     for stage in pipeline["controls"]:
         settings = stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
         check_controlled(stage, settings, args.max_completion_length)
-        _refuse_low_cap(stage.key, settings.get("epsilon_high", 1.0), args)
+        for _, high in stage.clips or [(None, settings.get("epsilon_high", 1.0))]:
+            _refuse_low_cap(stage.key, high, args)
         for name in settings.keys() & set_by.keys():
             logger.warning("%s: it sets %s too, so that %s has no say in it.", stage.key, name, set_by[name])
         set_by |= dict.fromkeys(settings, stage.key)
@@ -209,6 +211,17 @@ def _check_alternatives(pipeline: Pipeline) -> None:
             raise UserError(
                 f"{stage.key}: it is another form of {other.key}, and the two would act twice; leave one of them out."
             )
+
+
+def _check_same(pipeline: Pipeline) -> None:
+    """Refuse two values of one quantity that two stages have as a setting each."""
+    for stage, other in itertools.permutations(pipeline.stages(), 2):
+        for name in (name for name, call in (stage.same_as or {}).items() if other.is_of(call)):
+            if stage.setting(name) != other.setting(name):
+                raise UserError(
+                    f"{stage.key}.{name}: it is {stage.setting(name)} where {other.key}.{name} is "
+                    f"{other.setting(name)}, and they are one quantity; leave it out, and set {other.key}.{name}."
+                )
 
 
 def _check_scale(pipeline: Pipeline, args: GRPOConfig) -> None:
@@ -342,6 +355,13 @@ def _warn_of_idle_stages(pipeline: Pipeline, args: GRPOConfig) -> None:
                 "gradient is that of the divergence in the first one alone; set it to detached.",
                 stage.key,
                 updates,
+            )
+        if stage.idle_at and all(stage.setting(name) == value for name, value in stage.idle_at.items()):
+            logger.warning(
+                "%s: with %s it changes nothing; set another value, or leave the stage out with '~%s'.",
+                stage.key,
+                " and ".join(f"{name}={value}" for name, value in stage.idle_at.items()),
+                stage.key,
             )
         if 0 < args.max_steps <= stage.after:
             logger.warning(

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import enum
 import importlib.util
+import math
 import os
 import re
 import types
@@ -259,9 +260,10 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             continue
         if value is None or value < least:
             raise UserError(f"trainer.{key}: {value} is not possible; set it to {least} or more.")
-    if settings["temperature"] <= 0:
+    if not 0 < settings["temperature"] < math.inf:
         raise UserError(
-            f"trainer.temperature: {settings['temperature']} is not possible: rollouts are sampled; set it above 0."
+            f"trainer.temperature: {settings['temperature']} is not possible: rollouts are sampled; set it to a number "
+            "above 0."
         )
     if settings["max_hours"] is not None and not settings["max_hours"] > 0:
         raise UserError(f"trainer.max_hours: {settings['max_hours']} is not possible; set it above 0, or to null.")
@@ -452,7 +454,7 @@ def check_values(cfg: DictConfig) -> None:
 
     confidential.refuse(cfg)
     check_quantization(cfg)
-    least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1, "eval.temperature": 0}
+    least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}
     least |= {f"eval.during.{key}": 1 for key in ("limit", "samples", "max_new_tokens")}
     least |= {
@@ -482,8 +484,7 @@ def check_values(cfg: DictConfig) -> None:
             raise UserError(f"{key}: there is no {value!r}; choose one of: {', '.join(choices)}.")
     _check_budgets(cfg, "eval")
     _check_budgets(cfg, "eval.during")
-    if not 0 < cfg.eval.top_p <= 1:
-        raise UserError(f"eval.top_p: {cfg.eval.top_p} is not possible; set it above 0 and up to 1.")
+    _check_ranges("eval", cfg.eval, {"temperature": Range(least=0), "top_p": Range(above=0, most=1)})
     formats.check(cfg)
     _check_self_reward(cfg)
     _check_forced(cfg.model.forced)
@@ -519,16 +520,21 @@ def _check_budgets(cfg: DictConfig, key: str) -> None:
         )
 
 
+def _check_ranges(section: str, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    for key, allowed in ranges.items():
+        try:
+            allowed(values[key])
+        except ValueError as error:
+            raise UserError(f"{section}.{key}: {error}.") from error
+
+
 def _check_self_reward(cfg: DictConfig) -> None:
     """Refuse settings of self-rewards that are none, or that what samples cannot give."""
     asked = cfg.eval.self_reward
     if asked.reference is None:
         return
-    for key, allowed in (("reference", Range()), ("scale", Range(above=0)), ("temperature", Range(above=0))):
-        try:
-            allowed(asked[key])
-        except ValueError as error:
-            raise UserError(f"eval.self_reward.{key}: {error}.") from error
+    above = Range(above=0)
+    _check_ranges("eval.self_reward", asked, {"reference": Range(), "scale": above, "temperature": above})
     if cfg.model.get("appended") is None:
         raise UserError(
             "model.appended: a self-reward is the probability of a token that the model never writes; set one of its "

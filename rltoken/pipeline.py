@@ -123,12 +123,22 @@ class Stage:
     """Whether a rows stage puts graded thinking rows in the place of others, and so has to come first."""
     per_response = _declared("per_response", False)
     """Whether it makes one term of a response out of the mean over its tokens, which the loss has to take."""
+    clips = _declared("clips", ())
+    """Every clip range (low, high) that a control may set in the run, where it knows them."""
+    idle_at = _declared("idle_at", None)
+    """Settings -> the values at which, together, they leave it without effect."""
+    same_as = _declared("same_as", None)
+    """Settings that are those of another stage -> the function or class of that one."""
+
+    def setting(self, name: str) -> Any:
+        """The value of a setting: bound to its function, or an attribute of its object; None without one."""
+        parameter = inspect.signature(self.call).parameters.get(name)
+        return getattr(self.call, name, None) if parameter is None else parameter.default
 
     @property
     def after(self) -> int:
         """Its setting `after`: the optimizer steps before which it changes nothing; 0 without one."""
-        parameter = inspect.signature(self.call).parameters.get("after")
-        return parameter.default if parameter is not None and isinstance(parameter.default, int) else 0
+        return after if isinstance(after := self.setting("after"), int) else 0
 
     @property
     def home(self) -> str:
@@ -344,9 +354,9 @@ def _check_signal(slot: str, key: str, name: str, allowed: Mapping[str, str]) ->
             f"{key}: the signal '{name}' cannot be had in {where}, which runs before it exists; there are: "
             f"{', '.join(allowed)}."
         )
-    made = f", and what +mark={name} would make" if slot in MARKED_SLOTS else ""
+    made = f", nor a mark of that name, which '+mark={name}' would add" if slot in MARKED_SLOTS else ""
     raise UserError(
-        f"{key}: there is no signal '{name}'{nearest(name, allowed)}; there are: {', '.join(allowed)}{made}."
+        f"{key}: there is no signal '{name}'{nearest(name, allowed)}{made}; there are: {', '.join(allowed)}."
     )
 
 

@@ -172,6 +172,7 @@ def distilled_advantage(
 
 
 distilled_advantage.instead_of = Distillation
+distilled_advantage.idle_at = Distillation.idle_at = {"beta": 0}
 
 
 def coefficient(step: int, beta: float, delta: float, beta_min: float) -> float:

@@ -151,6 +151,7 @@ def mix_self_reward(
 
 
 mix_self_reward.among_standardised = True
+mix_self_reward.same_as = {"scale": self_reward_loss, "reference": self_reward_loss}
 
 
 def warn_of_poor_reference(logps: Tensor, reference: float) -> None:

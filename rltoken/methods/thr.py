@@ -33,7 +33,7 @@ it does, as in the theorem's sum over P), the whole vocabulary or the tokens of 
 
 Deviations: L_i counts trained tokens, G graded responses. A head's bias is in the softmax, its own gradient not in s.
 In half precision log Z has the rounding of the old log-probabilities. The paper samples dynamically, with
-trainer.beta=1e-4: the exps leave +rows=dynamic_sampling and that to the user.
+trainer.beta=1e-4: +exp=paper/thr has both, the other exps neither.
 """
 
 from typing import Annotated, Literal
@@ -98,6 +98,9 @@ def thr(
     weights = (hidden_reward.abs() > tau) * (1 + p * hidden_reward.nan_to_num().sign())
     weights = torch.where(scores.isnan(), 1.0, weights)
     return weights, shares(scores, mask, weights == 0, ("thr/scored", "thr/zeroed"))
+
+
+thr.idle_at = {"p": 0, "tau_mode": "none"}
 
 
 def nthr(

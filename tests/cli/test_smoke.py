@@ -19,6 +19,8 @@ SMALL = [
     ),
     *("rollout.max_answer_tokens=4", "trainer.gradient_accumulation_steps=1", "trainer.steps_per_generation=1"),
 ]
+BASE = [*SMALL, "~model.path", "model.think_end='</think>'"]
+"""For a model that does not think at the paper's size."""
 LASER = ("lowest=4", "highest=24", "interval=4")
 SHRUNK = {
     "paper/brpo": [*SMALL, "~data.template", "method.rows.brpo.budgets=[8,16]", "eval.budgets=[8,16]"],
@@ -42,6 +44,14 @@ SHRUNK = {
         *("trainer.optim=adamw_torch", "sft.trainer.optim=adamw_torch", "sft.trainer.packing=false"),
     ],
     "paper/kdrl": [*SMALL, "teacher=tiny", "~teacher.path"],
+    "paper/clip_cov": BASE,
+    "paper/hapo_entropy": [*BASE, "reward=[tiny,overlong]", "reward.funcs.overlong.soft_punish_cache=8"],
+    "paper/kl_cov": BASE,
+    "paper/laser_self_reward": [*BASE, "~data.hub", "model.appended='<unk>'"],
+    "paper/nthr": BASE,
+    "paper/spine": [*SMALL, "~model.path"],
+    "paper/thr": BASE,
+    "paper/ttrl": [*BASE, "~data.eval_hub", "~data.eval_split", "~data.hub"],
 }
 """Of a paper's size, with the embedded world's model and data; tests/methods/test_paper_configs.py has the settings."""
 UNDER = {

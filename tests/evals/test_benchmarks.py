@@ -166,7 +166,7 @@ def test_both_numbers_of_olympiadbench_pass():
 
 @pytest.mark.parametrize("value", ["0.0", "1.5", "-1"])
 def test_top_p_out_of_range_is_refused(value):
-    with pytest.raises(UserError, match=r"^eval\.top_p: .* set it above 0 and up to 1"):
+    with pytest.raises(UserError, match=r"^eval\.top_p: .* set it to a number above 0 and up to 1"):
         composed(f"eval.top_p={value}")
 
 

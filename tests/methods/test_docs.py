@@ -181,6 +181,15 @@ def test_commands_compose_and_pass_the_checks(overrides, tmp_path):
     assert pipeline.stages() or not any("method." in override for override in overrides)
 
 
+def test_the_quote_of_the_first_run_has_its_numbers():
+    """Those of the table and the sentence in the README."""
+    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    quote = text.partition("The run in the README:\n\n")[2].partition("\n\n")[0].replace("\n>", "")
+    told = README.read_text(encoding="utf-8")
+    found = re.findall(r"0\.\d{3} \[[\d., ]+\]|[\d.]+ ± [\d.]+|\+0\.\d{3}", quote)
+    assert len(found) == 7 and all(number in told for number in found), found
+
+
 def test_no_document_names_a_place_of_one_machine():
     for document in DOCUMENTS:
         assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp|opt|usr)/", document.read_text(encoding="utf-8"))

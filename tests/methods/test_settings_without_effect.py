@@ -73,6 +73,22 @@ REFUSED = {
         ["+exp=cispo", "+control=campo"],
         r"method\.controls\.campo: trainer\.loss_type=cispo caps the ratio itself, here at 0\.28, ",
     ),
+    "a later stage's clip range as CISPO's cap": (
+        ["+exp=cispo", "+control=campo", "method.controls.campo.clips=[[0.2,5.0],[0.2,0.28]]"],
+        r"method\.controls\.campo: trainer\.loss_type=cispo caps the ratio itself, here at 0\.28, ",
+    ),
+    "two scales of one self-reward": (
+        ["+exp=laser_self_reward", "method.credits.self_reward.scale=0.2"],
+        r"method\.credits\.self_reward\.scale: it is 0\.2 where method\.aux\.self_reward\.scale is 0\.1, ",
+    ),
+    "two references of one self-reward": (
+        ["+exp=laser_self_reward", "method.credits.self_reward.reference=-23"],
+        r"method\.credits\.self_reward\.reference: it is -23 where method\.aux\.self_reward\.reference is -13\.8, ",
+    ),
+    "half of a pair that a mark makes whole": (
+        ["+aux=self_reward"],
+        r"method\.aux\.self_reward: there is no signal 'class_balance', nor a mark .* '\+mark=class_balance'",
+    ),
     "progress of episodes averaged over a response": (
         ["+exp=mrt/episodes", "trainer.importance_sampling_level=sequence"],
         r"trainer\.importance_sampling_level: .* erases the per-token effect of method\.credits\.mrt_episodes",
@@ -132,6 +148,8 @@ def test_a_setting_that_another_one_makes_idle_keeps_its_default(choice):
         ["+exp=spine"],
         ["+exp=laser_self_reward"],
         ["+exp=laser_self_reward", "trainer.scale_rewards=batch"],
+        ["+exp=laser_self_reward", "method.aux.self_reward.scale=0.2"],  # which the credit follows
+        ["+exp=cispo", "+control=campo", "method.controls.campo.clips=[[0.2,5.0]]"],
         [*WITH_MARK[:2], "+credit=[dler,self_reward]"],  # whose advantages are standardised, whatever TRL's are
     ],
     ids=str,
@@ -150,6 +168,18 @@ WARNED = {
     "a mixing that never begins": (
         ["+exp=laser_self_reward", "trainer.max_steps=20"],
         r"method\.credits\.self_reward\.after: it begins after 20 optimizer steps, and trainer\.max_steps=20",
+    ),
+    "a teacher who weighs nothing": (
+        ["+exp=kdrl", "method.aux.kdrl.beta=0"],
+        r"method\.aux\.kdrl: with beta=0 it changes nothing; .*'~method\.aux\.kdrl'",
+    ),
+    "a teacher who weighs nothing in the advantage": (
+        ["+exp=kdrl/advantage", "method.credits.kdrl.beta=0"],
+        r"method\.credits\.kdrl: with beta=0 it changes nothing",
+    ),
+    "weights of 1": (
+        ["+exp=thr", "method.weights.thr.p=0", "method.weights.thr.tau_mode=none"],
+        r"method\.weights\.thr: with p=0 and tau_mode=none it changes nothing",
     ),
     "a divergence without its weight off-policy": (
         ["+exp=kdrl", "method.aux.kdrl.importance=none", "trainer.num_iterations=2"],
@@ -201,6 +231,8 @@ def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
         ["+exp=hapo_entropy"],  # its control sets nothing until it has seen a window
         ["+exp=spine"],
         ["+exp=kdrl", "trainer.num_iterations=2"],
+        ["+exp=thr", "method.weights.thr.p=0"],  # which leaves out tokens of little influence
+        ["+exp=thr", "method.weights.thr.tau_mode=none"],
         ["+exp=kdrl", "method.aux.kdrl.importance=none"],
         ["+weight=mixed_groups", "+credit=dler"],  # which may give equal rewards an advantage
     ],

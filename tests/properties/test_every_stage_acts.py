@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from rltoken.combinations import check
@@ -184,6 +185,15 @@ def test_each_stage_acts_or_is_told_not_to(tmp_path, caplog, name, iterations):
     idle = WARNED.get(name) == "always" or (name in WARNED and iterations == 1)
     assert (stage.key in caplog.text) == idle
     assert changes(name, stage, iterations > 1) == (not idle)
+
+
+@pytest.mark.parametrize("name", ["weight/thr", "aux/kdrl", "credit/kdrl"])
+def test_what_is_said_to_be_idle_changes_nothing(tmp_path, name):
+    stage = checked(name, tmp_path, 2)
+    section_of = OmegaConf.to_container(OmegaConf.select(section(name), stage.key))
+    pipeline = build({SLOTS[name.partition("/")[0]]: {stage.name: instantiate(section_of | stage.idle_at)}})
+    (idle,) = pipeline.stages()
+    assert changes(name, stage, True) and not changes(name, idle, True)
 
 
 def test_the_exceptions_are_stages():
