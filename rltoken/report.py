@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rltoken.evals.efficiency import tokens_to_reach
-from rltoken.evals.intervals import compare, told
+from rltoken.evals.intervals import Estimate, compare, told
 
 ROWS = (
     ("weighted majority", "weighted_majority", "{:.3f}"),
@@ -46,6 +46,8 @@ PLAIN = {"correct", "wrong"}
 PALETTE = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLOURS = {"before": "#999999", "after": "#0072B2", "curve": "#D55E00"}
 """Both from the palette of Okabe and Ito, told apart by colour-blind readers too."""
+MARKERS = "os^Dv"
+"""Of points, where there are more of them than colours."""
 
 
 def table(title: str, evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -177,6 +179,32 @@ def curves(summaries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         curve(axis, metrics, name, PALETTE[i % len(PALETTE)])
     axis.grid(alpha=0.3)
     axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plane(points: Mapping[str, tuple[Estimate, Estimate]], path: Path) -> None:
+    """Draw settings as points with their intervals into one PNG: thinking tokens to the right, accuracy upwards.
+
+    Args:
+        points: name -> (thinking tokens, accuracy).
+        path: where to write.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for i, (name, (tokens, accuracy)) in enumerate(points.items()):
+        axis.errorbar(
+            tokens.mean,
+            accuracy.mean,
+            xerr=tokens.half_width,
+            yerr=accuracy.half_width,
+            fmt=MARKERS[i // len(PALETTE) % len(MARKERS)],
+            color=PALETTE[i % len(PALETTE)],
+            capsize=2,
+            label=name,
+        )
+    axis.set(xlabel="thinking tokens, mean", ylabel="accuracy")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -3,6 +3,7 @@
 
     python -m rltoken.train +exp=grpo,brpo seed=0,1,2,3,4 'model.seed=${seed}' --multirun
     python scripts/seeds.py runs/*-s* --picture curves.png
+    python scripts/seeds.py runs/*-s* --plane plane.png      accuracy against thinking tokens, a point for each setting
     python scripts/seeds.py runs/*-s* --level 0.9       after how many steps rollouts are right nine times in ten
     python scripts/seeds.py runs/*-s* --metric clip_ratio/region_mean    and any other number that training logged
     python scripts/seeds.py runs/grpo-s* ev/short ev/long    runs, and runs as rltoken.evaluate asked them otherwise
@@ -36,7 +37,7 @@ from rich.table import Table
 from rltoken import identity
 from rltoken.evals.intervals import mean_interval, paired_interval
 from rltoken.report import curves as draw
-from rltoken.report import read_metrics
+from rltoken.report import plane, read_metrics
 
 METRICS = {
     "accuracy": ".3f",
@@ -291,6 +292,17 @@ def over_seeds(summaries):
     }
 
 
+def ends(settings):
+    """Where the first setting began, and where training brought each: label -> the numbers of every seed."""
+    began = [report["before"] for report in next(iter(settings.values())).values()]
+    return {"start": began} | {label: [run["after"] for run in runs.values()] for label, runs in settings.items()}
+
+
+def place(summaries):
+    """Thinking tokens and accuracy over all seeds."""
+    return tuple(mean_interval([one[metric] for one in summaries]) for metric in ("thinking_tokens", "accuracy"))
+
+
 def known(metrics, phases, reports):
     """Those metrics that every report has in these phases."""
     found = [report[phase] for report in reports for phase in phases]
@@ -303,6 +315,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="run directories, or folders of evaluations of runs")
     parser.add_argument("--evaluations", nargs="+", type=Path, help="folders of rltoken.evaluate, to compare instead")
     parser.add_argument("--picture", type=Path, help="draw accuracy against thinking budget into this PNG")
+    parser.add_argument("--plane", type=Path, help="draw accuracy against thinking tokens into this PNG")
     parser.add_argument("--metric", action="append", default=[], help="a number of metrics.jsonl, to compare too")
     parser.add_argument("--level", type=float, help="count the steps until rollouts have this accuracy")
     options = parser.parse_args()
@@ -335,9 +348,9 @@ def main() -> None:
     if options.picture and "anytime_accuracy" not in metrics:
         sys.exit("--picture: no answers were forced at budgets in some of the runs, so there are no curves")
     if options.picture:
-        curves = {"start": over_seeds([report["before"] for report in next(iter(settings.values())).values()])}
-        curves |= {label: over_seeds([run["after"] for run in runs.values()]) for label, runs in settings.items()}
-        draw(curves, options.picture)
+        draw({label: over_seeds(each) for label, each in ends(settings).items()}, options.picture)
+    if options.plane:
+        plane({label: place(each) for label, each in ends(settings).items()}, options.plane)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,19 @@ def test_settings_are_compared_over_their_seeds(folders, tmp_path, seeds):
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_the_plane_has_a_point_for_the_start_and_for_each_setting(folders, tmp_path, seeds, monkeypatch):
+    """Of a, .7 and .9: accuracy .8 with half width 1.271, tokens 10 times that; both began at .5."""
+    found = seeds(*folders, "--plane", tmp_path / "plane.png")
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "plane.png").stat().st_size > 5000
+    drawn = {}
+    monkeypatch.setattr(importlib.import_module("seeds"), "plane", lambda points, path: drawn.update(points))
+    seeds(*folders, "--plane", tmp_path / "plane.png")
+    shown = {name: (f"{tokens:.1f}", f"{accuracy:.3f}") for name, (tokens, accuracy) in drawn.items()}
+    assert shown["start"] == ("5.0 ± 0.0", "0.500 ± 0.000") and shown["a-tiny"] == ("8.0 ± 12.7", "0.800 ± 1.271")
+    assert shown.keys() == {"start", "a-tiny", "b-tiny"}
+
+
 def test_numbers_of_one_evaluation_are_compared_where_every_report_has_them(folders, seeds):
     """Of .7 and .9: the vote gains .1 and .2, mean .15, s = .0707, half width .635; before, .25 in both runs."""
     for folder, gain in zip(folders[:2], (0.1, 0.2), strict=True):
