@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from rltoken.errors import UserError
 
 NAMES = re.compile(
-    r"(?:^|_)(?:api_?key|password|passwd|secret|hub_token|access_token|auth_token|private_key|credentials?)$", re.I
+    r"(?:^|_)(?:(?:api|access|secret|private)_?key|password|passwd|secret|credentials?"
+    r"|(?:hub|hf|api|access|auth|bearer|github)_token)$",
+    re.I,
 )
 """Settings that hold nothing else."""
 VARIABLES = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
@@ -22,17 +24,18 @@ SHORTEST = 12
 IN_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
-def refuse(cfg: DictConfig) -> None:
+def refuse(cfg: DictConfig, arguments: Sequence[str] = ()) -> None:
     """Refuse settings that are secrets: by their name, as a part of a URL, or as the value of such a variable.
 
     Args:
         cfg: the configuration, with references that can be resolved.
+        arguments: the command line, which is written too; it may have settings of Hydra's own beside those of `cfg`.
 
     Raises:
         UserError: names the key, and where a secret is safe; never the secret.
     """
     held = {value: name for name, value in os.environ.items() if VARIABLES.search(name) and len(value) >= SHORTEST}
-    for key, value in _texts(OmegaConf.to_container(cfg, resolve=True)):
+    for key, value in [*_texts(OmegaConf.to_container(cfg, resolve=True)), *_given(arguments)]:
         if value and NAMES.search(key.rpartition(".")[2]):
             raise UserError(
                 f"{key}: it would be written into the run directory; leave it out, and set the environment variable "
@@ -50,12 +53,20 @@ def refuse(cfg: DictConfig) -> None:
 
 
 def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted key of every text in nested dicts and lists, and the text."""
+    """The dotted key of every text and number in nested dicts and lists, and the text."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from _texts(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         for value in node:
             yield from _texts(value, key)
-    elif isinstance(node, str):
-        yield key, node
+    elif isinstance(node, str | int | float) and not isinstance(node, bool):  # a password may be a number
+        yield key, str(node)
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The key and the text of each override, but of one that empties a setting or refers to something else."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if value != "null" and not value.startswith("${"):
+            yield key.lstrip("+"), value

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -452,7 +453,7 @@ def check_values(cfg: DictConfig) -> None:
     from rltoken.adapters import check_quantization
     from rltoken.evals import formats
 
-    confidential.refuse(cfg)
+    confidential.refuse(cfg, sys.argv[1:])
     check_quantization(cfg)
     least = {"eval.samples": 1, "eval.batch_size": 1, "eval.max_new_tokens": 1, "eval.limit": 1}
     least |= {"eval.seed": 0, "rollout.max_thinking_tokens": 1, "rollout.max_answer_tokens": 1, "rollout.batch_rows": 1}

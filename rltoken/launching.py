@@ -7,9 +7,12 @@ training on CPUs becomes DDP, and processes without a GPU that are not told to u
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from rltoken import runs
 from rltoken.errors import UserError
@@ -17,6 +20,33 @@ from rltoken.preemption import Preempted, submitit_signal
 
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 """Set to 'true' by `accelerate launch` for a configuration of that kind."""
+ZERO_STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+NO_PACKS = "rollout.pack_tokens: DeepSpeed steps after every backward, so packs cannot be; set it to null."
+NO_FOLLOWING = (
+    "trainer.sync_ref_model: a checkpoint would hold one process's part of a reference that follows the policy; set it "
+    "to false, or launch with ddp.yaml or zero2.yaml."
+)
+
+
+def asked(environment: Mapping[str, str], trainer: Mapping[str, Any]) -> dict[str, str]:
+    """The environment as a launcher would leave it that asks for what `trainer.fsdp` and `trainer.deepspeed` do.
+
+    Args:
+        environment: of the process.
+        trainer: the section of the configuration.
+    """
+    found = dict(environment)
+    if trainer.get("deepspeed"):
+        found[DEEPSPEED] = "true"
+    if trainer.get("fsdp"):
+        given = trainer.get("fsdp_config") or {}
+        if isinstance(given, str):
+            with contextlib.suppress(OSError, ValueError):  # told by transformers, which reads it too
+                given = json.loads(Path(given).read_text(encoding="utf-8"))
+        given = {key.removeprefix("fsdp_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
+        loading = str(given.get("cpu_ram_efficient_loading", False)).lower()
+        found |= {FSDP: "true", "FSDP_VERSION": str(given.get("version", 2)), "FSDP_CPU_RAM_EFFICIENT_LOADING": loading}
+    return found
 
 
 def refuse_unsharded(environment: Mapping[str, str], *, on_cpu: bool) -> None:
@@ -43,6 +73,33 @@ def refuse_unsharded(environment: Mapping[str, str], *, on_cpu: bool) -> None:
         raise UserError(
             "accelerate: with fsdp_cpu_ram_efficient_loading only the first process loads weights, so that the others "
             "would have none for a reference, a teacher and the evaluation before training; set it to false."
+        )
+
+
+def refuse_split(environment: Mapping[str, str], args: Any, pipeline: Any, pack_tokens: int | str | None) -> None:
+    """Refuse what cannot be done with weights in parts, or under DeepSpeed, before they are loaded.
+
+    The trainer looks again: a DeepSpeed file of the user's own says its stage to DeepSpeed alone.
+
+    Args:
+        environment: of the process.
+        args: TRL's arguments.
+        pipeline: the stages.
+        pack_tokens: `rollout.pack_tokens`.
+
+    Raises:
+        UserError: names the key, the reason and the fix.
+    """
+    deepspeed = environment.get(DEEPSPEED) == "true"
+    zero3 = deepspeed and environment.get(ZERO_STAGE) == "3"
+    if deepspeed and pack_tokens not in (None, "auto"):
+        raise UserError(NO_PACKS)
+    if args.sync_ref_model and (zero3 or environment.get(FSDP) == "true"):
+        raise UserError(NO_FOLLOWING)
+    if zero3 and (reading := pipeline.naming("head")):
+        raise UserError(
+            f"{reading[0].key}: it names 'head', which ZeRO-3 splits over ranks; leave the stage out, or launch with "
+            "fsdp2.yaml or zero2.yaml."
         )
 
 

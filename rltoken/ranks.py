@@ -92,10 +92,18 @@ def together() -> Iterator[None]:
 
 
 def refuse_other_data(digests: Mapping[str, str | None]) -> None:
-    """Compare what the ranks have loaded, by the digests of `rltoken.trl_saving.WholeCheckpoints.belongings`.
+    """Compare what the ranks have loaded.
+
+    Args:
+        digests: those of `rltoken.trl_saving.WholeCheckpoints.belongings`, and `problems`: evaluated before and after.
 
     Raises:
         SharedError: it is not alike.
     """
-    names = {"data": "the training data", "eval_data": "the evaluation data", "frozen": "the frozen weights"}
+    names = {
+        "data": "the training data",
+        "eval_data": "the data evaluated during training",
+        "problems": "the evaluation data",
+        "frozen": "the frozen weights",
+    }
     refuse_differences({names[key]: digest and digest[:8] for key, digest in digests.items()})

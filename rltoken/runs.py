@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ UNTRAINED = ("evaluation_before.parquet", "completions", SUPERVISED, TRACEBACKS)
 """What a run may leave that failed before its first step."""
 LOCK_SECONDS = 10.0
 """How long to wait for another process in the run directory: one that was killed may still be leaving."""
+SEEN_SECONDS = 60.0
+"""How long to wait for what another machine wrote: network file systems remember for so long that nothing was there."""
 LONGEST_NAME = 80
 PACKAGES = (
     "torch",
@@ -170,6 +173,26 @@ def run_id(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
+def refuse_unseen(folder: Path, identity: str | None) -> None:
+    """Refuse a run directory that this rank does not see: on a disk of another machine, or under another folder.
+
+    Args:
+        folder: the run directory as this rank understands it.
+        identity: `run_id` of rank 0's; a network file system may show it a while later.
+
+    Raises:
+        UserError: it is not that one.
+    """
+    until = time.monotonic() + SEEN_SECONDS
+    while run_id(folder) != identity:
+        if time.monotonic() > until:
+            raise UserError(
+                f"runs_dir: {folder.absolute()} on {socket.gethostname()} is not the run directory of rank 0; set "
+                "runs_dir to a place that every machine sees, and start every rank in the same folder."
+            )
+        time.sleep(0.2)
+
+
 def record(folder: Path, cfg: DictConfig) -> dict[str, Any]:
     """What a checkpoint of this run is to say of whom it belongs to."""
     return {"run": run_id(folder), "settings": identity.settings(cfg), "code": identity.code(cfg)}
@@ -200,9 +223,15 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the directory of a run that could not load what it needs, where it holds notes only (rank 0 only)."""
-    if is_main_process() and {path.name for path in folder.iterdir()} <= NOTES:
-        _remove([folder])
+    """Remove the directory of a run that could not load what it needs, where it holds notes only (rank 0 only).
+
+    TRL's empty folder does not count, nor what another rank says of its end, which comes at any time.
+    """
+    if not is_main_process():
+        return
+    empty = [path for path in folder.glob("completions") if not any(path.iterdir())]
+    if {path.name for path in {*folder.iterdir()} - {*empty, *folder.glob("traceback_*.txt")}} <= NOTES:
+        shutil.rmtree(folder, ignore_errors=True)  # another rank may be writing into it
 
 
 def finished(folder: Path, cfg: DictConfig) -> dict[str, Any] | None:

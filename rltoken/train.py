@@ -29,7 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rltoken import adapters, cli, config, launching, logs, preemption, runs
+from rltoken import adapters, cli, config, identity, launching, logs, preemption, runs
 from rltoken.errors import SharedError, UserError
 from rltoken.resume import disk_errors_told
 from rltoken.watch import watched
@@ -132,6 +132,8 @@ def run(cfg: DictConfig, folder: Path) -> None:
             held.enter_context(runs.alone(folder))
             checkpoint = runs.checkpoint(folder, cfg) if runs.is_main_process() else None
             runs.open_run(folder, cfg, [sys.executable, "-m", "rltoken.train", *sys.argv[1:]])
+        with ranks.together():
+            runs.refuse_unseen(folder, from_first_rank(runs.run_id(folder)))
         held.enter_context(logs.kept(folder))
         train(cfg, folder, pipeline, args, lora, during, checkpoint)
 
@@ -223,10 +225,12 @@ def checked(cfg: DictConfig, folder: Path) -> tuple[Any, Any, Any]:
     OmegaConf.resolve(cfg)
     prompts.settle(cfg.eval, OmegaConf.select(cfg, "method.prompts") or {})
     config.check_values(cfg)
-    launching.refuse_unsharded(os.environ, on_cpu=cfg.trainer.use_cpu)
+    environment = launching.asked(os.environ, cfg.trainer)
+    launching.refuse_unsharded(environment, on_cpu=cfg.trainer.use_cpu)
     args = config.to_grpo_config(cfg.trainer, output_dir=str(folder), seed=cfg.seed)
     launching.refuse_apart(os.environ, args.world_size)
     pipeline = build(instantiate(cfg.method, _convert_="object"))
+    launching.refuse_split(environment, args, pipeline, cfg.rollout.pack_tokens)
     combinations.check(pipeline, args, warn=False)  # the trainer checks it too, and warns where the run's log has it
     teachers.check(cfg, pipeline, args)
     supervised.arguments(cfg, folder)
@@ -287,7 +291,7 @@ def assemble(
         record=runs.record(folder, cfg),
     )
     settle_callbacks(trainer)
-    ranks.refuse_other_data(trainer.belongings)
+    ranks.refuse_other_data(trainer.belongings | {"problems": identity.digest_of_rows(evaluation)})
     problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 
@@ -421,7 +425,9 @@ def _traceback_kept(folder: Path) -> Iterator[None]:
     """Write the traceback of whatever ends a run early beside what is there already."""
     try:
         yield
-    except Exception:
+    except Exception as error:
+        if isinstance(error, SharedError) and not runs.is_main_process():
+            raise  # rank 0 has the same
         with contextlib.suppress(OSError):  # the disk may be what failed
             path = folder / f"traceback{'' if runs.is_main_process() else '_' + os.environ['RANK']}.txt"
             path.write_text(traceback.format_exc(), encoding="utf-8")

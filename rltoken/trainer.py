@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rltoken import combinations
 from rltoken.errors import UserError, first_line
+from rltoken.launching import NO_FOLLOWING, NO_PACKS
 from rltoken.pipeline import Pipeline, Stage, build
 from rltoken.rng import forked_rng
 from rltoken.rollout import agreement, packs, tree
@@ -742,14 +743,9 @@ class TokenGRPOTrainer(SeamTrainer):
                 "micro-batch; use '+weight=forks' and '+aux=entropy_bonus' instead, or set rollout.pack_tokens=null."
             )
         if self.pack_tokens is not None and self.is_deepspeed_enabled:
-            raise UserError(
-                "rollout.pack_tokens: DeepSpeed steps after every backward, so packs cannot be; set it to null."
-            )
+            raise UserError(NO_PACKS)
         if self.args.sync_ref_model and self.splits_weights:
-            raise UserError(
-                "trainer.sync_ref_model: a checkpoint would hold one process's part of a reference that follows the "
-                "policy; set it to false, or launch with ddp.yaml or zero2.yaml."
-            )
+            raise UserError(NO_FOLLOWING)
         if self.pipeline["rows"] and self.runs_tools:
             raise UserError(f"{self.pipeline['rows'][0].key}: rows stages cannot replay tools or rollout functions.")
         if self.needs_reference and not self.has_reference:

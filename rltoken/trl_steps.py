@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class FiniteSteps:
         told = {"step": step, "rank": rank, "gradient_norm": norm, "weights_not_finite": broken}
         try:
             write_batches(folder / f"step-{step}-rank-{rank}.safetensors", seen, told)
-        except OSError as error:  # a full disk is told by the next save
+        except (OSError, SafetensorError) as error:  # a full disk is told by the next save
             logger.warning("The batch of a skipped step could not be written: %s", first_line(error))
         everywhere = self.accelerator.gather(torch.tensor([bool(broken)], device=self.accelerator.device))
         if bool(everywhere.any()):
@@ -136,7 +137,7 @@ def write_batches(path: Path, seen: Sequence[tuple[dict[str, Tensor], Tensor]], 
         told: what else goes into the metadata, as JSON, besides `losses` and `not_finite`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError, SafetensorError: it cannot be written.
     """
     path.parent.mkdir(exist_ok=True)
     losses = [float(loss) for _, loss in seen]
@@ -147,8 +148,8 @@ def write_batches(path: Path, seen: Sequence[tuple[dict[str, Tensor], Tensor]], 
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={name: json.dumps(value) for name, value in facts.items()})
     partial.replace(path)
-    written = sorted(path.parent.glob(f"*-{path.stem.rpartition('-')[2]}.safetensors"), key=lambda p: p.stat().st_mtime)
-    for old in written[:-KEPT]:
+    others = {*path.parent.glob(f"*-{path.stem.rpartition('-')[2]}.safetensors")} - {path}  # its date may be the oldest
+    for old in sorted(others, key=lambda p: p.stat().st_mtime)[: -(KEPT - 1)]:
         old.unlink()
 
 

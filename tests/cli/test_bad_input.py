@@ -315,6 +315,15 @@ def test_a_failed_run_that_trained_is_kept(tmp_path, kept):
     assert (tmp_path / kept).exists() and (tmp_path / "config.yaml").exists()
 
 
+def test_a_run_of_which_nothing_came_leaves_nothing(tmp_path):
+    run = tmp_path / "run"
+    runs.open_run(run, OmegaConf.create({"resume": None}), ["train"])
+    (run / "completions").mkdir()  # TRL makes it with the trainer
+    (run / "traceback_1.txt").touch()
+    runs.discard(run)
+    assert not run.exists()
+
+
 def test_a_folder_of_something_else_is_kept(tmp_path):
     for name in ("completions", "traceback.txt"):
         (tmp_path / name).mkdir()
@@ -408,3 +417,16 @@ def test_vllm_on_a_cpu_that_is_not_there_is_refused_with_its_set_up(cli, rollout
     found = cli(f"rollout={rollout}")
     assert found.status == 2 and re.match(r"error: trainer\.use_vllm: .*scripts/setup_vllm_cpu\.sh", found.err)
     assert found.err.count("\n") == 1 and not found.runs.exists()
+
+
+def test_what_split_weights_cannot_do_is_refused_before_a_model_is_loaded(cli, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    found = cli("hardware=auto", "trainer.sync_ref_model=true", "trainer.beta=0.1")
+    assert found.status == 2 and found.err.startswith("error: trainer.sync_ref_model: a checkpoint would hold one")
+    assert not found.runs.exists()
+
+
+def test_sharding_that_the_configuration_asks_for_is_refused_on_cpus(cli):
+    found = cli("hardware=cpu", "trainer.fsdp=full_shard")
+    assert found.status == 2 and found.err.startswith("error: trainer.use_cpu: accelerate splits no model over CPUs")

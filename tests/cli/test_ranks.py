@@ -3,10 +3,12 @@
 import io
 import logging
 import sys
+import threading
 
 import pytest
 
-from rltoken import logs
+from rltoken import logs, runs
+from rltoken.errors import UserError
 from rltoken.ranks import differences
 from tests.resume.phases import started
 from tests.resume.test_preempted_processes import QUICK, TWO
@@ -42,6 +44,12 @@ def test_what_differs_is_said_with_its_place():
             "; the evaluation data is ",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "from rltoken import parts; get = parts.problems; parts.problems = lambda section, role, tokenizer: "
+            "get(section, role, tokenizer).select(range(2 if role == 'eval' else 32))",
+            "same: the evaluation data is ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_that_differ_refuse_to_start(tmp_path, cache, change, told):
@@ -60,6 +68,26 @@ def test_where_one_rank_cannot_begin_the_others_end_without_a_word(tmp_path, cac
     found = started(tmp_path, cache, [item for item in QUICK if item != "resume=auto"], launcher=TWO)
     lines = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert found.returncode == 1 and len(lines) == 1 and "runs/x exists already" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_see_the_run_directory_ends_all_of_them(tmp_path, cache):
+    """As on a machine with a disk of its own."""
+    (tmp_path / "elsewhere").mkdir()
+    change = "from rltoken import runs; runs.SEEN_SECONDS = 0.5; os.chdir('elsewhere')"
+    found = started(tmp_path, cache, QUICK, OTHER.format(change=change), TWO)
+    assert found.returncode == 1 and found.stderr.count("error: ") == 2, found.stderr  # two ranks may share a line
+    assert f"error: runs_dir: {tmp_path}/elsewhere/runs/x on " in found.stderr
+    assert "error: rank 1 could not begin." in found.stderr and not (tmp_path / "elsewhere/runs").exists()
+
+
+def test_the_run_directory_of_rank_0_may_be_seen_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SEEN_SECONDS", 5.0)
+    threading.Timer(0.3, (tmp_path / runs.RUN_ID).write_text, ["abc\n"]).start()
+    runs.refuse_unseen(tmp_path, "abc")
+    monkeypatch.setattr(runs, "SEEN_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"^runs_dir: .* is not the run directory of rank 0"):
+        runs.refuse_unseen(tmp_path, "other")
 
 
 def test_a_log_has_what_stays_on_a_terminal():

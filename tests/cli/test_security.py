@@ -1,6 +1,8 @@
 """docs/security.md: what is executed, what is loaded, where the server listens, what is written."""
 
 import ast
+import contextlib
+import json
 import os
 import pickle
 import re
@@ -10,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from rltoken import confidential, resume, serve
+from rltoken import confidential, parts, resume, serve
 from rltoken.errors import UserError
 from tests.cli.test_serve import configured, options
 from tests.trl.conftest import run, tiny
@@ -29,6 +31,22 @@ def test_no_configuration_trusts_remote_code(configured):
     for model in ("tiny", "smollm2", "r1"):
         cfg = configured("+exp=kdrl", f"model={model}")
         assert not (cfg.model.trust_remote_code or cfg.trainer.trust_remote_code or cfg.teacher.trust_remote_code)
+
+
+@pytest.mark.parametrize("load", [parts.model, parts.tokenizer], ids=["model", "tokenizer"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_comes_with_a_model_is_run_where_the_configuration_says_so_only(tmp_path, monkeypatch, load, trusted):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "model", tmp_path / "executed"
+    folder.mkdir()
+    (folder / "mine.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    names = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Mine", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Mine", "auto_map": names}))
+    section = {"dtype": "float32", "attn_implementation": None, "think_end": None, "trust_remote_code": trusted}
+    with contextlib.suppress(Exception):  # it is no model, trusted or not
+        load(OmegaConf.create(section), str(folder))
+    assert mark.exists() is trusted
 
 
 def test_nothing_that_a_checkpoint_holds_is_unpickled():
@@ -99,6 +117,9 @@ def test_an_address_of_its_own_is_not(host):
     [
         ({"trainer": {"hub_token": "hf_x"}}, "trainer.hub_token: it would be written into the run directory"),
         ({"reward": {"funcs": {"judge": {"api_key": "x"}}}}, "reward.funcs.judge.api_key: it would be written"),
+        ({"reward": {"funcs": {"judge": {"password": 123456}}}}, "reward.funcs.judge.password: it would be written"),
+        ({"reward": {"funcs": {"judge": {"hf_token": "x"}}}}, "reward.funcs.judge.hf_token: it would be written"),
+        ({"data": {"aws_secret_access_key": "x"}}, "data.aws_secret_access_key: it would be written"),
         ({"teacher": {"url": "http://me:word@gpu-7:8000"}}, "teacher.url: the password in its URL would be written"),
         ({"reward": {"funcs": {"judge": {"key": SECRET}}}}, r"judge.key: it holds the value of \$MINE_API_KEY, which"),
         (
@@ -112,6 +133,21 @@ def test_settings_that_are_secrets_are_refused_and_never_shown(monkeypatch, sett
     with pytest.raises(UserError, match=told) as raised:
         confidential.refuse(OmegaConf.create(settings))
     assert SECRET not in str(raised.value) and "word@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("+hydra.job.env_set.WANDB_API_KEY=x", r"^hydra\.job\.env_set\.WANDB_API_KEY: it would be written"),
+        (f"hydra.launcher.setup=[export X={SECRET}]", r"^hydra\.launcher\.setup: it holds the value of \$MINE_API_KEY"),
+    ],
+)
+def test_so_are_those_of_hydra_which_the_command_holds(monkeypatch, argument, told):
+    monkeypatch.setenv("MINE_API_KEY", SECRET)
+    with pytest.raises(UserError, match=told):
+        confidential.refuse(OmegaConf.create({}), ["--multirun", argument])
+    for harmless in ("+hydra.job.env_set.HF_TOKEN=${oc.env:MINE_API_KEY}", "trainer.hub_token=null"):
+        assert confidential.refuse(OmegaConf.create({}), [harmless]) is None
 
 
 def test_settings_that_are_none_pass(monkeypatch):
@@ -129,6 +165,9 @@ def test_a_run_directory_holds_no_secret(cli, monkeypatch):
     assert (
         refused.status == 2 and "trainer.run_name: it holds the value of $" in refused.err and not refused.runs.exists()
     )
+    refused = cli(*quick, f"+hydra.job.env_set.MINE={SECRET}")
+    assert refused.status == 2 and "hydra.job.env_set.MINE: it holds the value of $" in refused.err
+    assert not refused.runs.exists()
     found = cli(*quick)
     assert found.status == 0, found.err
     holding = [path for path in found.runs.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]

@@ -26,9 +26,11 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 COST, PACKING = ROOT / "docs/cost.md", ROOT / "docs/packing.md"
 SUPERVISED, MEASURED = ROOT / "docs/supervised.md", ROOT / "docs/measured.md"
 FAULTS, SECURITY = ROOT / "docs/faults.md", ROOT / "docs/security.md"
+SCALING, RESUME, DETERMINISM = (ROOT / f"docs/{name}.md" for name in ("scaling", "resume", "determinism"))
 DOCUMENTS = [ARCHITECTURE, CONTRIBUTING, REWARDS, EVALUATION, COST, PACKING, SUPERVISED, MEASURED, FAULTS, SECURITY]
-DOCUMENTS += [METHODS, *PAGES.values()]
+DOCUMENTS += [SCALING, RESUME, DETERMINISM, METHODS, *PAGES.values()]
 LAUNCH = ".venv/bin/python -m rltoken.train "
+COMMAND = re.compile(r"(?:(?:\.venv/bin/)?python|torchrun [^#]*|accelerate launch [^#]*) -m rltoken\.train (.*)")
 
 
 def table(document, heading):
@@ -155,8 +157,8 @@ def commands():
     """The overrides of every command of the documents that trains; of a sweep, of each job with its first seed."""
     for document in DOCUMENTS:
         for line in document.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-            if line.startswith(LAUNCH):
-                words = [word for word in shlex.split(line.removeprefix(LAUNCH), comments=True) if word != "--multirun"]
+            if found := COMMAND.match(line):
+                words = [word for word in shlex.split(found[1], comments=True) if word != "--multirun"]
                 given = OverridesParser.create().parse_overrides(words)
                 yield from itertools.product(*(choices(override) for override in given))
 
@@ -174,6 +176,9 @@ def test_commands_compose_and_pass_the_checks(overrides, tmp_path):
     config.register_schemas()
     # some are for GPUs: what they say is checked on any machine
     machine = [] if any(override.startswith("hardware=") for override in overrides) else ["hardware=cpu"]
+    if any(override.startswith("hardware=slurm") for override in overrides):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install 'rltoken[slurm]'")
+        machine = ["trainer.use_cpu=true", "trainer.bf16=false"]
     with initialize_config_module("rltoken.conf", version_base="1.3"):
         cfg = compose("config", overrides=[*overrides, *machine])
     config.check_keys(cfg)

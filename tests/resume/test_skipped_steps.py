@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from safetensors import safe_open
 from trl import SFTTrainer
 
+from rltoken import trl_steps
 from rltoken.errors import SharedError
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.trl_steps import KEPT, FiniteSteps, not_finite, write_batches
 from tests.resume.phases import started
+from tests.resume.test_faults import limited
 from tests.resume.test_preempted_processes import PARITY, QUICK, TWO
 
 SAVED = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
@@ -108,6 +112,30 @@ def test_only_the_micro_batches_that_are_broken_are_written_and_few_files_stay(t
         assert list(file.keys()) == ["0.x"] and json.loads(file.metadata()["not_finite"]) == ["0.x"]
     with safe_open(tmp_path / "skipped/step-1-rank-0.safetensors", "pt") as file:
         assert list(file.keys()) == ["0.x"] and json.loads(file.metadata()["losses"]) == [1.0]
+
+
+def test_the_batch_of_this_step_stays_where_the_clock_went_back(tmp_path):
+    seen = [({"x": torch.ones(2)}, torch.tensor(math.nan))]
+    for step in range(1, KEPT + 2):
+        write_batches(tmp_path / f"skipped/step-{step}-rank-0.safetensors", seen, {"step": step})
+        os.utime(tmp_path / f"skipped/step-{step}-rank-0.safetensors", (4e9 + step, 4e9 + step))
+    write_batches(tmp_path / "skipped/step-99-rank-0.safetensors", seen, {"step": 99})
+    names = {path.name for path in (tmp_path / "skipped").iterdir()}
+    assert len(names) == KEPT and "step-99-rank-0.safetensors" in names and "step-2-rank-0.safetensors" not in names
+
+
+def test_a_batch_that_cannot_be_written_ends_nothing(run, tmp_path, monkeypatch, caplog):
+    work = trl_steps.write_batches
+
+    def full(*arguments):
+        with limited(resource.RLIMIT_FSIZE, 100):
+            work(*arguments)
+
+    monkeypatch.setattr(trl_steps, "write_batches", full)
+    broken(monkeypatch, 2)
+    found = run({}, max_steps=3, output_dir=tmp_path / "run")
+    assert [line.get("skipped_steps") for line in found.metrics if "loss" in line] == [None, 1, 1]
+    assert "The batch of a skipped step could not be written" in caplog.text
 
 
 def test_what_the_scaler_of_fp16_skips_does_not_end_a_run(tmp_path):
