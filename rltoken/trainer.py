@@ -718,10 +718,11 @@ class TokenGRPOTrainer(SeamTrainer):
         flex = packing == "flex"
         reason = self.encode_families_once(flex=flex)
         if reason and packing != "auto":
-            fix = "tree" if flex else "rows"
+            fix = "tree" if flex and self.encode_families_once() is None else "rows"
             raise UserError(f"rollout.packing: the model cannot encode packed rows: {reason}; set it to {fix}.")
         if reason:
-            logger.info("Each added row is encoded whole: %s.", reason)
+            if self.accelerator.is_main_process:
+                logger.warning("rollout.packing=auto: each added row is encoded whole (=rows), since %s.", reason)
             return "rows"
         return "flex" if flex else "tree"
 

@@ -130,10 +130,14 @@ class SeamTrainer(VLLMTrainer):
         """
         models = [self.model, self.ref_model, *self.frozen_models]
         trained, *others = [causal_of(self.accelerator.unwrap_model(model)) for model in models if model is not None]
-        reason = tree.obstacle(trained, flex=flex)
-        for model in [] if reason else [trained, *others]:
-            if tree.obstacle(model, flex=flex) is None:
-                tree.use(model)
+
+        def against(model: nn.Module) -> str | None:
+            """Why a model cannot; under FSDP it is not yet where it will be."""
+            return tree.obstacle(model, flex=flex, device=self.accelerator.device) or tree.trial(model)
+
+        reason = against(trained)
+        for model in [] if reason else [trained, *(model for model in others if against(model) is None)]:
+            tree.use(model)
         self._flex = flex
         return reason
 

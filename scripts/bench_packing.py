@@ -186,6 +186,8 @@ def main() -> None:
         "--rows-up-to", type=int, default=1024, help="longest T for which rows without packing are measured"
     )
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; leave it out")
     sizes = [(thinking, answer) for thinking in options.thinking for answer in options.answer]
     megabytes = peaks(options.model, options.device, sizes, options.families, options.rows_up_to)
     model = build_model(options.model, options.device)

@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--also", action="append", default=[], help="a further override of each run; may be repeated")
     parser.add_argument("--hardware", default="gpu", help="the group conf/hardware")
     options = parser.parse_args()
+    if options.hardware == "gpu" and not torch.cuda.is_available():
+        parser.error("--hardware gpu: PyTorch finds no GPU here; to try the script itself, set --hardware cpu")
     torch.set_num_threads(1)  # here and in every fork, which would wait for threads that it does not have
     out, failed = Path(tempfile.mkdtemp(prefix="gpu-check-")), 0
     asked = [(variant, name) for variant in VARIANTS for name in exps() if re.fullmatch(options.only, name)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,3 +33,11 @@ def test_each_is_told(tmp_path, cache, also, status, lines):
     told = done.stdout.splitlines()
     assert done.returncode == status and len(told) == len(lines), done.stderr[-2000:]
     assert all(re.fullmatch(wanted, line) for wanted, line in zip(lines, told, strict=True)), told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["gpu_check.py", "bench_packing.py --device cuda"])
+def test_without_a_gpu_one_line_says_so(script):
+    name, *arguments = script.split()
+    done = subprocess.run([sys.executable, ROOT / "scripts" / name, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "PyTorch finds no GPU here" in done.stderr.splitlines()[-1], done.stderr

@@ -8,7 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from rltoken.rollout import packs, tree
@@ -30,12 +45,18 @@ FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES),
     "smollm2": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, rope_theta=100000),
 }
+EXPERTS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, head_dim=16, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+    ),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
+}
 PROMPT, COMPLETION = 6, 24
 
 
 def model_of(kind, dtype=torch.float32, *, lora=False, checkpointing=False):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[kind](), attn_implementation="sdpa", dtype=dtype)
+    model = AutoModelForCausalLM.from_config((FAMILIES | EXPERTS)[kind](), attn_implementation="sdpa", dtype=dtype)
     add_fused_lm_head(model, 0.8, outputs=("log_probs", "entropy"))
     tree.use(model)
     if checkpointing:
@@ -70,7 +91,7 @@ def sampled(cuts, *, thinking=(14, 3, 17), seed=0, answers=2):
     for number, length in enumerate(thinking):
         prompt, trunk = tokens(generator, 2 + 2 * (number % 3)), tokens(generator, length)
         branches = [
-            (prompt, trunk[:cut] + tokens(generator, 1 + (cut + answer) % 5))
+            (prompt, trunk[:cut] + tokens(generator, 1 + (cut + answer + number) % 5))
             for cut in cuts
             for answer in range(answers)
         ]
@@ -128,7 +149,20 @@ def test_log_probs_entropies_and_gradients_are_those_of_rows(kind, lora, checkpo
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_that_of_rows(flex_on_cpu, kind, checkpointing):
-    assert_packed_equals_rows(model_of(kind, lora=True, checkpointing=checkpointing), sampled([0, 2, 5, 9]), flex=True)
+    model = model_of(kind, lora=True, checkpointing=checkpointing)
+    assert_packed_equals_rows(model, sampled([0, 2, 5, 9]), flex=True)
+    assert_packed_equals_rows(model, sampled([2, 5], thinking=(9,)), flex=True)
+
+
+def test_no_line_of_flex_attention_is_empty(flex_on_cpu):
+    """Padding sees a token too: a softmax over nothing may be NaN."""
+    ids, mask, family = batch(sampled([2, 5]))
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.float32, flex=True)
+    rows, columns = packed.ids.shape
+    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), torch.arange(columns), indexing="ij")
+    seen = packed.blocks.mask_mod(places[0], torch.tensor(0), *places[1:])
+    assert (packed.labels == -100).any() and seen.any(2).all()
+    assert not (seen & (places[2] > places[1])).any()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -143,11 +177,88 @@ def test_hidden_states_in_double_precision(kind):
     assert (packed.rows_of(found.last_hidden_state)[kept] - wanted[kept]).abs().max() < 1e-6
 
 
+def test_masks_take_the_dtype_of_the_queries():
+    """Which under autocast is not known before the forward."""
+    model = model_of("qwen3").eval()
+    ids, mask, family = batch(sampled([2, 5]))
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.bfloat16)
+    assert {block.mask.dtype for block in packed.blocks} == {torch.bfloat16}
+    for value, other in zip(packed_scores(model, packed, mask), scores(model, ids, mask), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=5e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = scores(model, ids, mask)[0]
+        packed = tree.plant(ids, mask, COMPLETION, family, torch.bfloat16)
+        found = packed_scores(model, packed, mask)[0]
+    assert 1e-6 < (found - wanted).abs().max() < 0.05
+
+
+class DoubleNorm(torch.nn.Module):
+    """The RMS norm of these models, which in transformers is single precision whatever comes in."""
+
+    def __init__(self, stock):
+        super().__init__()
+        self.weight, self.epsilon = stock.weight, stock.variance_epsilon
+
+    def forward(self, states):
+        return self.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+def in_double(kind, **settings):
+    """A model of which all that depends on its input is double precision."""
+    model = model_of(kind, torch.float64, **settings)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, DoubleNorm(child))
+    return model
+
+
+def scores_of(states, head, ids):
+    """(log-probs, entropies) in the precision of the hidden states behind each completion token, at temperature 0.8."""
+    logps = (head(states) / 0.8).log_softmax(-1)
+    chosen = logps.gather(2, ids[:, -COMPLETION:].unsqueeze(2)).squeeze(2)
+    return chosen, -(logps.exp() * logps).sum(2)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_log_probs_entropies_and_gradients_in_double_precision(kind, lora, checkpointing):
+    """TRL's fused head is single precision, so logits are made here; rotations are too, so rows have positions."""
+    model = in_double(kind, lora=lora, checkpointing=checkpointing)
+    causal = model.get_base_model() if lora else model
+    ids, mask, family = batch(sampled([1, 4, 7, 11]))
+    kept = (mask[:, -COMPLETION:] > 0).double()
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(kept.shape, generator=generator, dtype=torch.float64) * kept for _ in range(2)]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    states = causal.model(input_ids=ids, attention_mask=mask, position_ids=places).last_hidden_state[:, PROMPT - 1 : -1]
+    packed = tree.plant(ids, mask, COMPLETION, family, torch.float64)
+    of_tree = packed.rows_of(causal.model(**packed.inputs).last_hidden_state)
+    wanted, found = (scores_of(values, causal.lm_head, ids) for values in (states, of_tree))
+    for value, other in zip(found, wanted, strict=True):
+        assert ((value - other) * kept).abs().max() < 1e-13
+    pairs = zip(gradients(model, found, weights), gradients(model, wanted, weights), strict=True)
+    assert max((value - other).abs().max() for value, other in pairs) < 1e-11
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts(kind):
+    """Their router sees each token alone; its own loss is refused with rows stages."""
+    assert tree.obstacle(model_of(kind)) is None
+    assert_packed_equals_rows(model_of(kind), sampled([2, 5, 9]))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize(
     "families",
     [
         sampled([3], thinking=(9,)),
         sampled([2, 4, 6, 8]),
+        sampled([6, 12, 18], thinking=(24, 24, 20)),  # thinking at the limit
+        sampled([5, 5, 5, 2], answers=3),  # thinking that ended before several budgets: their answers follow one prefix
+        sampled([1], thinking=(1,)),  # nothing but the end of thinking
+        [[([5], [7, 8, 9]), ([5], [7, 4])]],  # a prompt of one token, and padding
         sampled([14, 17], thinking=(14, 17)),  # branches after the last thinking token
         sampled([0], thinking=(1, 5)),  # nothing shared but the prompt
         [[([5, 6], [7]), ([5, 6], [7]), ([5, 6], [8])]],  # a branch that is its trunk, and one without thinking
@@ -155,10 +266,13 @@ def test_hidden_states_in_double_precision(kind):
         [[([5, 6], [7, 8, 9])], [([4], [3]), ([4], [2, 2])]],  # a family of one
         [[([5, 6], [7, 8, 9])]],  # no branch at all
     ],
-    ids=["one cut", "four cuts", "at the end", "no cut", "the trunk itself", "filler", "unequal", "trunks only"],
+    ids=[
+        *("one cut", "four cuts", "limit", "pooled", "empty", "one token", "at the end", "no cut", "the trunk itself"),
+        *("filler", "unequal", "trunks only"),
+    ],
 )
-def test_odd_families(families):
-    assert_packed_equals_rows(model_of("qwen2"), families)
+def test_odd_families(kind, families):
+    assert_packed_equals_rows(model_of(kind), families)
 
 
 def test_blocks_begin_where_most_branches_begin():
@@ -201,6 +315,12 @@ def test_each_shared_token_is_there_once():
     assert block.mask.shape == (1, 1, 8, 6 + 8)
     assert (block.mask[0, 0] == 0).sum(1).tolist() == [4, 5, 6, 7, 8, 7, 8, 9]  # as many keys as its row has tokens
     assert tree.sizes(ids[:, PROMPT:], mask[:, PROMPT:], 4).tolist() == [[14, 8]]
+
+
+def test_padding_is_not_shared():
+    """Two rows of two tokens: the second has nothing of its own, but the repeated token."""
+    ids = torch.tensor([[5, 6, 0, 0], [5, 6, 0, 0]])
+    assert tree.sizes(ids, (ids > 0).long(), 2).tolist() == [[2, 1]]
 
 
 def test_plain_rows_go_as_they_went():
@@ -251,31 +371,103 @@ def test_a_branch_sees_no_more_than_it_needs():
     ]
 
 
+def untrained(config, attention="sdpa"):
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+CHUNKS = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MistralConfig(**SIZES, sliding_window=8), "sliding window"),
+        (MistralConfig(**SIZES, sliding_window=8), "its layers see a sliding window"),
         (
             Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
             "layers of sliding_attention",
         ),
+        (Gemma2Config(**SIZES, head_dim=8, sliding_window=8), "layers of sliding_attention"),
+        (Llama4TextConfig(**SIZES, **CHUNKS), "layers of chunked_attention"),
+        (StableLmConfig(**SIZES), "its attention function or its positions cannot be set"),
     ],
-    ids=["mistral", "qwen2"],
+    ids=["mistral", "qwen2", "gemma2", "llama4", "stablelm"],
 )
 def test_models_that_cannot(config, reason):
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    assert reason in tree.obstacle(model)
+    assert reason in tree.obstacle(untrained(config))
 
 
-def test_another_attention_cannot():
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"](), attn_implementation="eager")
-    assert "attention is eager" in tree.obstacle(model)
+def test_a_window_that_is_switched_off_is_none():
+    model = untrained(FAMILIES["qwen2"]())
+    model.config.sliding_window, model.config.use_sliding_window = 8, False
+    assert tree.obstacle(model) is None
 
 
-def test_flex_attention_knows_no_dropout(flex_on_cpu):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, attention_dropout=0.1), attn_implementation="sdpa")
+@pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])
+def test_another_attention_cannot(name):
+    model = untrained(FAMILIES["llama"]())
+    model.config._attn_implementation = name
+    assert tree.obstacle(model) == f"its attention is {name}, and packed rows need sdpa"
+
+
+def test_a_forward_without_positions_cannot():
+    class Positionless(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    assert "its positions cannot be set" in tree.obstacle(Positionless(FAMILIES["llama"]()))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4), "not those of rows"),
+        (NemotronConfig(**SIZES), "its forward does not take them"),
+    ],
+    ids=["positions that count padding", "blocks that are dropped"],
+)
+def test_what_no_setting_tells_is_tried(config, reason):
+    model = untrained(config).train()
+    assert tree.obstacle(model) is None and reason in tree.trial(model)
+    assert not tree.used_by(model) and all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_that_is_not_causal_is_found_in_any_dtype(dtype):
+    model = untrained(BertConfig(**SIZES | {"initializer_range": 0.5}))
+    assert "not causal" in tree.trial(model.to(dtype))
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_trial_leaves_no_trace(kind, dtype):
+    """In any mode and dtype, and none of weights that are not here."""
+    model = untrained((FAMILIES | EXPERTS)[kind]()).to(dtype).train()
+    model.lm_head.eval()
+    state = torch.get_rng_state()
+    assert tree.trial(model) is None
+    assert not model.lm_head.training and model.model.training and not tree.used_by(model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert tree.trial(model.to("meta")) is None
+
+
+def test_a_trial_is_without_dropout():
+    model = untrained(LlamaConfig(**SIZES, attention_dropout=0.5)).train()
+    state = torch.get_rng_state()
+    assert tree.trial(model) is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_flex_attention_would_change(flex_on_cpu):
+    """Dropout, and a cap of attention's logits that sdpa leaves out; on a CPU it has no backward, there or later."""
+    model = untrained(LlamaConfig(**SIZES, attention_dropout=0.1))
     assert tree.obstacle(model) is None and "has no backward on a CPU" in tree.obstacle(model, flex=True)
-    assert "no dropout" in tree.obstacle(model.to("meta"), flex=True)
+    elsewhere = {"flex": True, "device": torch.device("cuda")}
+    assert "no dropout" in tree.obstacle(model, **elsewhere)
+    model.config.attention_dropout = 0.0
+    assert tree.obstacle(model, **elsewhere) is None
+    model.config.attn_logit_softcapping = 30.0
+    assert "cap its attention's logits" in tree.obstacle(model, **elsewhere) and tree.obstacle(model) is None
+    assert "no backward on a CPU" in tree.obstacle(model.to("meta"), flex=True, device=torch.device("cpu"))
 
 
 def test_saved_models_do_not_name_it(tmp_path):

@@ -22,7 +22,7 @@ TOLERANCE = 1e-6
 """Of a weight, where training moves weights by more than ten times that."""
 BNPO = {"exp/fast_math_r1", "exp/paper/fast_math_r1"}
 """Their loss divides by the tokens of a rank's micro-batch, in TRL too, so that the number of ranks changes it."""
-STAGES = ("tokens", "thr", "marks", "self_reward", "rows", "brpo", "mrt", "hapo", "spine", "campo", "kdrl")
+STAGES = ("tokens", "thr", "marks", "self_reward", "rows", "brpo", "packed", "mrt", "hapo", "spine", "campo", "kdrl")
 EXPS = sorted(f"exp/{path.relative_to(ROOT / 'conf/exp')}"[:-5] for path in ROOT.glob("conf/exp/**/*.yaml"))
 FAST = (
     *(f"stages/{name}" for name in STAGES),

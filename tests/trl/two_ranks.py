@@ -63,6 +63,7 @@ def mean_reward_of_a_rank(old_hidden, rewards):
 
 
 BUDGETS = {"budgets": [2, 4, 7], "longest": 8, "drawn": True}
+ALL = {"n_summaries": 2, "max_new_tokens": 3, "summary_train_rows": "all"}
 CLIPS = [[0.001, 0.002], [0.3, 0.3]]
 EPISODES = {"separator": None, "markers": ["1", "2", "3"]}
 METHODS = {
@@ -110,6 +111,12 @@ METHODS = {
         "rows": {"brpo": functools.partial(budget_answers, **BUDGETS, n_summaries=2, max_new_tokens=3)},
         "credits": {"brpo": functools.partial(brpo, prior="linear")},
     },
+    "packed": {
+        "controls": {"brpo": functools.partial(thinking_only, budgets=[2, 4, 7], longest=8)},
+        "rows": {"brpo": functools.partial(budget_answers, **BUDGETS, **ALL)},
+        "credits": {"brpo": brpo},
+        "weights": {"forks": functools.partial(forks, rho=0.5, kinds=("thinking", "summary"))},
+    },
     "hapo": {
         "controls": {"hapo": AdaptiveTemperature()},
         "credits": {"hapo": token_average},
@@ -142,7 +149,7 @@ METHODS = {
         "shapes": {"campo": without_loops},
     },
 }
-LOSSES = {"self_reward": "dr_grpo", "rows": "grpo", "brpo": "dr_grpo"}
+LOSSES = {"self_reward": "dr_grpo", "rows": "grpo", "brpo": "dr_grpo", "packed": "dr_grpo"}
 """The loss of each of these methods that has another than DAPO's."""
 PACKED = 60
 """Tokens of a pack on two ranks, where one rank packs nothing."""
@@ -281,6 +288,7 @@ def trained(case, model, dataset, out, rows, packed):
         processing_class=AutoTokenizer.from_pretrained(model),
         pipeline=pipeline,
         template=Template(think_end_id=7, cut=(7,)),
+        packing="rows" if name == "packed" and int(rows) == 16 else "auto",  # alone each row is encoded whole
         pack_tokens=None if args.entropy_coef or args.top_entropy_quantile < 1 else packed,
         classes=classes,
         appended_id=APPENDED,
