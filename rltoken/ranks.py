@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -15,6 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rltoken import identity
 from rltoken.errors import SharedError
+
+if TYPE_CHECKING:
+    from rltoken.trl_saving import WholeCheckpoints
 
 SHOWN = 5
 """How many differences one message names."""
@@ -91,19 +94,22 @@ def together() -> Iterator[None]:
         raise SharedError(f"{_ranks([rank for rank, value in enumerate(failed) if value])} could not begin.")
 
 
-def refuse_other_data(digests: Mapping[str, str | None]) -> None:
-    """Compare what the ranks have loaded.
+def refuse_other_loads(trainer: WholeCheckpoints, problems: str | None = None) -> None:
+    """Compare what the ranks have loaded, before weights are split over them.
 
     Args:
-        digests: those of `rltoken.trl_saving.WholeCheckpoints.belongings`, and `problems`: evaluated before and after.
+        trainer: of the run or of its supervised stage.
+        problems: digest of those that are evaluated before and after.
 
     Raises:
         SharedError: it is not alike.
     """
+    digests = trainer.belongings | {"problems": problems, "weights": trainer.digest_of_weights()}
     names = {
         "data": "the training data",
         "eval_data": "the data evaluated during training",
         "problems": "the evaluation data",
         "frozen": "the frozen weights",
+        "weights": "the model",
     }
     refuse_differences({names[key]: digest and digest[:8] for key, digest in digests.items()})

@@ -107,7 +107,7 @@ def _train(cfg: DictConfig, run: Path, args: SFTConfig, lora: LoraConfig | None,
         trainer.on_change, trainer.record = cfg.on_change, runs.record(run, cfg)
         trainer.max_skipped_steps = cfg.trainer.max_skipped_steps
         settle_callbacks(trainer)
-        ranks.refuse_other_data(trainer.belongings)
+        ranks.refuse_other_loads(trainer)
         with notice.steps(lambda: f"in the supervised stage {saved(final.parent, trainer.state)}"):
             trainer.train(resume_from_checkpoint=from_first_rank(found))
     _publish(trainer, cfg, final)

@@ -291,7 +291,7 @@ def assemble(
         record=runs.record(folder, cfg),
     )
     settle_callbacks(trainer)
-    ranks.refuse_other_data(trainer.belongings | {"problems": identity.digest_of_rows(evaluation)})
+    ranks.refuse_other_loads(trainer, problems=identity.digest_of_rows(evaluation))
     problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 

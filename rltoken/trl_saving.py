@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ torch.serialization.register_package(
 
 REFERENCE = "rltoken_reference.pt"
 """The file of a reference model that follows the policy (trainer.sync_ref_model)."""
-FROZEN_SAMPLE = 1000
-"""About so many numbers of each frozen weight tell it from another: reading all would take seconds at every start."""
+SAMPLED = 1000
+"""About so many numbers of each weight tell it from another: reading all would take seconds at every start."""
 TABLES = ("prompt", "completion", "advantages")
 """Columns of TRL's table of completions; reward functions' own stand below `rewards` and `extra`."""
 
@@ -309,11 +309,20 @@ class WholeCheckpoints:
             return None
         frozen = [value for value in self.model.parameters() if not value.requires_grad]
         frozen += [value for model in [*self._references, *self.frozen_models] for value in model.parameters()]
-        digest = hashlib.sha256()
-        for value in frozen:
-            some = value.detach().flatten()[:: max(1, value.numel() // FROZEN_SAMPLE)]
-            digest.update(some.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return sampled_digest(frozen)
+
+    def digest_of_weights(self) -> str:
+        """What identifies the weights that this rank has loaded, before they are split over ranks."""
+        return sampled_digest(self.model.parameters())
+
+
+def sampled_digest(weights: Iterable[Tensor]) -> str:
+    """A digest of up to `SAMPLED` evenly spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for value in weights:
+        some = value.detach().flatten()[:: max(1, value.numel() // SAMPLED)]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class SavingTrainer(FiniteSteps, WholeCheckpoints, GRPOTrainer):

@@ -50,6 +50,12 @@ def test_what_differs_is_said_with_its_place():
             "same: the evaluation data is ",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            "from rltoken import parts; get = parts.model; parts.model = lambda *given, **said: "
+            "get(*given, **said).apply(lambda part: [value.data.mul_(2) for value in part.parameters(recurse=False)])",
+            "same: the model is ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_that_differ_refuse_to_start(tmp_path, cache, change, told):
