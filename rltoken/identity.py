@@ -34,6 +34,7 @@ ORDERED = ("method", "reward.funcs")
 SENTENCES = {
     "data": "the training data are others than then",
     "eval_data": "the evaluation data are others than then",
+    "problems": "the problems evaluated before and after are others than then",
     "model": "the model is another than then",
     "frozen": "the weights that are not trained (an adapter's base, the reference, the teacher) are others than then",
 }

@@ -94,17 +94,16 @@ def together() -> Iterator[None]:
         raise SharedError(f"{_ranks([rank for rank, value in enumerate(failed) if value])} could not begin.")
 
 
-def refuse_other_loads(trainer: WholeCheckpoints, problems: str | None = None) -> None:
+def refuse_other_loads(trainer: WholeCheckpoints) -> None:
     """Compare what the ranks have loaded, before weights are split over them.
 
     Args:
         trainer: of the run or of its supervised stage.
-        problems: digest of those that are evaluated before and after.
 
     Raises:
         SharedError: it is not alike.
     """
-    digests = trainer.belongings | {"problems": problems, "weights": trainer.digest_of_weights()}
+    digests = trainer.belongings | {"weights": trainer.digest_of_weights()}
     names = {
         "data": "the training data",
         "eval_data": "the data evaluated during training",

@@ -288,10 +288,10 @@ def assemble(
         on_change=cfg.on_change,
         max_skipped_steps=cfg.trainer.max_skipped_steps,
         evaluation=between,
-        record=runs.record(folder, cfg),
+        record=runs.record(folder, cfg) | {"problems": identity.digest_of_rows(evaluation)},
     )
     settle_callbacks(trainer)
-    ranks.refuse_other_loads(trainer, problems=identity.digest_of_rows(evaluation))
+    ranks.refuse_other_loads(trainer)
     problems = parts.evaluated(evaluation, cfg.eval)
     return trainer, functools.partial(evaluated, cfg, trainer, problems, parts.correctness(funcs), folder)
 

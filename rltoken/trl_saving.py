@@ -292,7 +292,10 @@ class WholeCheckpoints:
 
     @functools.cached_property
     def belongings(self) -> dict[str, str | None]:
-        """Digests of what a checkpoint does not hold: the data, and weights that are not trained."""
+        """Digests of what a checkpoint does not hold: the data, and weights that are not trained.
+
+        `problems`, those evaluated before and after, are of the record, where it has them.
+        """
         apart = self.eval_dataset
         data = {"data": [self.train_dataset], "eval_data": [*apart.values()] if isinstance(apart, dict) else [apart]}
         digests = {
@@ -301,7 +304,7 @@ class WholeCheckpoints:
             else None
             for name, parts in data.items()
         }
-        return digests | {"frozen": self._frozen_digest()}
+        return digests | {"frozen": self._frozen_digest(), "problems": self.record.get("problems")}
 
     def _frozen_digest(self) -> str | None:
         """What identifies an adapter's base, a teacher, a reference that does not follow; None in shards."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
-from rltoken import runs, train
+from rltoken import parts, runs, train
 from rltoken.callbacks import MetricsFile, ProgressLine
 from rltoken.config import OWN, OWNED, trainer_schema
 from rltoken.evals.generate import Settings, evaluate
@@ -128,6 +128,23 @@ def test_a_changed_reward_file_is_refused(cli, tmp_path, monkeypatch):
     found = cli(*quick)
     assert found.status == 2 and "does not fit: mine_rewards.py is not as it was" in found.err
     assert cli(*quick, "on_change=accept").status == 0
+
+
+def test_other_problems_to_evaluate_are_refused(cli, monkeypatch):
+    """Before and after would not be of the same ones."""
+    quick = ("name=mine", "eval.before=false", "eval.after=false", "resume=auto")
+    folder = cli(*quick).runs / "mine"
+    (folder / "report.json").unlink()
+    loaded = parts.problems
+
+    def fewer(section, role, tokenizer):
+        return loaded(section, role, tokenizer).select(range(2 if role == "eval" else 32))
+
+    monkeypatch.setattr(parts, "problems", fewer)
+    found = cli(*quick)
+    assert (
+        found.status == 2 and "does not fit: the problems evaluated before and after are others than then" in found.err
+    )
 
 
 def test_a_resumed_run_keeps_its_evaluation_before_training(cli, monkeypatch):

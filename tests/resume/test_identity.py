@@ -10,14 +10,16 @@ from rltoken.errors import UserError
 
 
 def test_what_has_changed_is_named():
-    then = {"weights_only": True, "processes": 1, "data": "a", "eval_data": "a", "frozen": "a", "code": {"x.py": "1"}}
-    now = {"processes": 2, "data": "b", "eval_data": "b", "frozen": "b", "code": {"x.py": "2", "y.py": "1"}}
+    digests = ("data", "eval_data", "frozen", "problems")
+    then = {"weights_only": True, "processes": 1, **dict.fromkeys(digests, "a"), "code": {"x.py": "1"}}
+    now = {"processes": 2, **dict.fromkeys(digests, "b"), "code": {"x.py": "2", "y.py": "1"}}
     assert identity.changed(then, now) == [
         "it has no state of the optimizer (trainer.save_only_model)",
         "it was written by 1 processes and there are 2",
         "the training data are others than then",
         "the evaluation data are others than then",
         "the weights that are not trained (an adapter's base, the reference, the teacher) are others than then",
+        "the problems evaluated before and after are others than then",
         "x.py is not as it was",
         "y.py is not as it was",
     ]
