@@ -104,7 +104,8 @@ def named_run(cfg: DictConfig) -> None:
     if not chosen.runtime.choices.get("exp") and not any(cfg.method.values()):
         raise UserError("method: nothing chosen; add +exp=grpo (plain GRPO) or another; --help lists them.")
     if cfg.name is None:
-        cfg.name = runs.default_name(chosen.runtime.choices, cfg.seed, chosen.overrides.task)
+        written = OmegaConf.to_container(chosen.overrides.task, resolve=False)  # as a sweep hands them on
+        cfg.name = runs.default_name(chosen.runtime.choices, cfg.seed, written)
     run(cfg, Path(cfg.runs_dir) / str(cfg.name))
 
 

@@ -170,6 +170,15 @@ def test_multirun_gives_every_job_its_own_directory(cli):
     assert len(names) == 2 and names[0].startswith("grpo-tiny-s1") and names[1].startswith("grpo-tiny-s2")
 
 
+def test_a_sweep_and_its_jobs_alone_have_the_same_names(cli, monkeypatch):
+    names = []
+    monkeypatch.setattr(train, "run", lambda cfg, folder: names.append(folder.name))
+    chosen = ("model.seed=${seed}", "seed=3")
+    for how in ((), ("--multirun",)):
+        assert cli(*chosen, *how).status == 0
+    assert names[0] == names[1] and "model.seed" not in names[0]
+
+
 def test_default_names():
     choices = {"exp": "brpo", "scale": "tiny"}
     assert runs.default_name(choices, 3, ["+exp=brpo", "seed=3"]) == "brpo-tiny-s3"
