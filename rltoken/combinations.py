@@ -69,6 +69,27 @@ def check(pipeline: Pipeline, args: GRPOConfig, *, warn: bool = True) -> None:
         _warn_of_idle_stages(pipeline, args)
 
 
+def warn_of_one_pass(pipeline: Pipeline, args: GRPOConfig, problems: int) -> None:
+    """Say which stages wait for a problem to come again, where none does.
+
+    Args:
+        args: TRL's arguments.
+        problems: how many there are to train on.
+    """
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    drawn = args.max_steps * rows // (args.num_generations * args.num_iterations)
+    if drawn > problems or (args.max_steps <= 0 and args.num_train_epochs > 1):
+        return
+    for stage in pipeline.stages():
+        if stage.across_epochs:
+            logger.warning(
+                "%s: it goes by what came of a problem before, and none of the %d comes twice in this run; raise "
+                "trainer.max_steps, or train on fewer, as with data.train.n.",
+                stage.key,
+                problems,
+            )
+
+
 def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generations: int) -> None:
     """Refuse a window in which a rank would not hold whole groups: their statistics are taken where they are.
 

@@ -119,6 +119,8 @@ class Stage:
     """Whether the credit adds what is in standard deviations, and makes sense beside such advantages alone."""
     around_one = _declared("around_one", False)
     """Whether its bounds are distances from a ratio of 1, and make no sense as the cap that CISPO takes."""
+    across_epochs = _declared("across_epochs", False)
+    """Whether it changes nothing before a problem comes again."""
     replaces_rows = _declared("replaces_rows", False)
     """Whether a rows stage puts graded thinking rows in the place of others, and so has to come first."""
     per_response = _declared("per_response", False)

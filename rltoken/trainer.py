@@ -123,6 +123,7 @@ class TokenGRPOTrainer(SeamTrainer):
         super().__init__(*args, **kwargs)
         self._function_names = list(self.reward_func_names)
         combinations.check(self.pipeline, self.args)
+        combinations.warn_of_one_pass(self.pipeline, self.args, len(self.train_dataset))
         self.pack_tokens = self._auto_pack_tokens() if pack_tokens == "auto" else pack_tokens
         self.packing = self._packing(packing)
         self._check()

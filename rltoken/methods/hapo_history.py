@@ -36,6 +36,8 @@ Floor = Annotated[float, Range(least=-1, most=0)]
 class HapoHistory:
     """The length reward of HAPO; its state is the shortest correct length of every prompt seen."""
 
+    across_epochs = True
+
     def __init__(self, *, weight: Weight = 1.0, floor: Floor = -0.7, gated: bool = True):
         """Start with an empty history.
 

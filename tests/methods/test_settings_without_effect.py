@@ -15,6 +15,7 @@ from rltoken import combinations
 from rltoken.config import register_schemas, to_grpo_config
 from rltoken.errors import UserError
 from rltoken.methods.gtpo_entropy import own_share, sequence_ratio
+from rltoken.methods.hapo_history import HapoHistory
 from rltoken.methods.kdrl import divergence
 from rltoken.methods.spine import entropy_band, reference_band
 from rltoken.pipeline import build
@@ -207,6 +208,25 @@ def test_warned_of(caplog, name):
         check(*overrides)
     (record,) = (record for record in caplog.records if record.name == "rltoken.combinations")
     assert re.match(message, record.getMessage())
+
+
+@pytest.mark.parametrize(
+    ("problems", "settings", "warned"),
+    [(480, {}, True), (479, {}, False), (240, {"num_iterations": 2}, True), (1, {"max_steps": -1}, True),
+     (480, {"max_steps": -1, "num_train_epochs": 2}, False)],
+)  # fmt: skip
+def test_a_history_of_problems_that_come_once_is_warned_of(caplog, problems, settings, warned):
+    """60 steps of 64 rows in groups of 8 are 480 problems."""
+    pipeline = build({"shapes": {"hapo_history": HapoHistory()}})
+    args = GRPOConfig(
+        use_cpu=True, bf16=False, per_device_train_batch_size=64, gradient_accumulation_steps=1, num_generations=8,
+        **{"max_steps": 60, "num_train_epochs": 1, **settings},
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        combinations.warn_of_one_pass(pipeline, args, problems)
+        combinations.warn_of_one_pass(build({}), args, problems)
+    told = [record.getMessage() for record in caplog.records if record.name == "rltoken.combinations"]
+    assert len(told) == warned and all(text.startswith("method.shapes.hapo_history: ") for text in told)
 
 
 def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
