@@ -8,8 +8,13 @@ COMMANDS = ("train", "evaluate", "overview", "star", "merge", "serve")
 
 
 def main() -> None:
-    """Print what each command does, in the first line of its module; to run one, it is called by its own name."""
+    """List the commands, each by the first line of its module's docstring.
+
+    Raises:
+        SystemExit: something is asked of it that a command of its own would do.
+    """
     for name in COMMANDS:
+        # parsed, not imported: the list needs nothing that a command loads
         tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
         print((ast.get_docstring(tree) or "").partition("\n")[0])
     asked = [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,7 +37,7 @@ def check(pipeline: Pipeline, args: GRPOConfig, *, warn: bool = True) -> None:
 
     Args:
         args: TRL's arguments.
-        warn: also say which stages will change nothing.
+        warn: also say which stages will change nothing, or have no say.
 
     Raises:
         UserError: names the keys, the reason and the fix.
@@ -59,13 +59,9 @@ def check(pipeline: Pipeline, args: GRPOConfig, *, warn: bool = True) -> None:
     _check_loss_type(pipeline, args)
     _check_anchor(pipeline, args)
     _check_added_rows(pipeline, args)
-    if pipeline["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
-        raise UserError(
-            f"{pipeline['shapes'][0].key}: a shape stage needs the weighted sum of the rewards, which "
-            f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
-            "sum_then_normalize."
-        )
+    _check_aggregation(pipeline, args)
     if warn:
+        _warn_of_overruled_controls(pipeline, args)
         _warn_of_idle_stages(pipeline, args)
 
 
@@ -106,18 +102,19 @@ def refuse_split_groups(batch_size: int, steps_per_generation: int, num_generati
 
 
 def _check_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
-    """Try the control stages on the first window's progress, each as a copy since it may count its calls."""
-    set_by: dict[str, str] = {}
+    """Try the control stages on the first window's progress."""
     for stage in pipeline["controls"]:
-        settings = stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
+        settings = _first_settings(stage, args)
         check_controlled(stage, settings, args.max_completion_length)
         for _, high in stage.clips or [(None, settings.get("epsilon_high", 1.0))]:
             _refuse_low_cap(stage.key, high, args)
-        for name in settings.keys() & set_by.keys():
-            logger.warning("%s: it sets %s too, so that %s has no say in it.", stage.key, name, set_by[name])
-        set_by |= dict.fromkeys(settings, stage.key)
         if settings.get("stop_at_think_end"):
             _check_answers_are_forced(stage, pipeline)
+
+
+def _first_settings(stage: Stage, args: GRPOConfig) -> Any:
+    """What a control stage returns for the first window; a copy of it, since it may count its calls."""
+    return stage.copy().run({"progress": Progress(0, args.max_steps), "last_window": None})
 
 
 def _check_answers_are_forced(stage: Stage, pipeline: Pipeline) -> None:
@@ -265,17 +262,17 @@ def _check_nothing_is_discarded(pipeline: Pipeline) -> None:
                 f"{earlier.key}: {stage.key} comes after it and makes rewards of its own, so it would do nothing; "
                 "choose them in the other order, as '+shape=[vote,other]', or leave one out."
             )
-    credits = [stage for stage in pipeline["credits"] if THINKING in stage.kinds]
-    for earlier, stage in itertools.pairwise(credits):
+    chain = [stage for stage in pipeline["credits"] if THINKING in stage.kinds]
+    for earlier, stage in itertools.pairwise(chain):
         if "advantages" not in stage.needs:
             other_order = "choose them in the other order, as +credit=[first,second], or leave one out"
             raise UserError(
                 f"{earlier.key}: {stage.key} comes after it and computes the advantages anew, so it would do nothing; "
                 f"{other_order if 'advantages' in earlier.needs else 'leave one out'}."
             )
-    if pipeline["shapes"] and credits and {"advantages", "rewards"}.isdisjoint(credits[0].needs):
+    if pipeline["shapes"] and chain and {"advantages", "rewards"}.isdisjoint(chain[0].needs):
         raise UserError(
-            f"{pipeline['shapes'][0].key}: {credits[0].key} takes its credit from something else than the reward, so a "
+            f"{pipeline['shapes'][0].key}: {chain[0].key} takes its credit from something else than the reward, so a "
             "shaped reward would do nothing; leave one of them out."
         )
 
@@ -311,7 +308,7 @@ def _check_loss_type(pipeline: Pipeline, args: GRPOConfig) -> None:
         )
     if pipeline["bounds"] and args.loss_type == "sapo":
         raise UserError(
-            f"trainer.loss_type: '{args.loss_type}' does not clip, so {pipeline['bounds'][0].key} would do nothing; "
+            f"trainer.loss_type: 'sapo' does not clip, so {pipeline['bounds'][0].key} would do nothing; "
             "use grpo, dr_grpo, dapo, bnpo, luspo or cispo."
         )
     if args.loss_type == "cispo" and (around := [stage.key for stage in pipeline["bounds"] if stage.around_one]):
@@ -356,6 +353,15 @@ def _check_anchor(pipeline: Pipeline, args: GRPOConfig) -> None:
                 f"trainer.beta: {args.beta:g} would add TRL's KL term on every token, while {stage.key} anchors only "
                 "the tokens that the weights keep; set trainer.beta=0, and the strength by the stage's own setting."
             )
+
+
+def _warn_of_overruled_controls(pipeline: Pipeline, args: GRPOConfig) -> None:
+    set_by: dict[str, str] = {}
+    for stage in pipeline["controls"]:
+        settings = _first_settings(stage, args)
+        for name in settings.keys() & set_by.keys():
+            logger.warning("%s: it sets %s too, so that %s has no say in it.", stage.key, name, set_by[name])
+        set_by |= dict.fromkeys(settings, stage.key)
 
 
 def _warn_of_idle_stages(pipeline: Pipeline, args: GRPOConfig) -> None:
@@ -440,4 +446,13 @@ def _check_added_rows(pipeline: Pipeline, args: GRPOConfig) -> None:
         raise UserError(
             f"trainer.entropy_coef: TRL's entropy bonus would also act on the rows that {key} may add; use "
             "'+aux=entropy_bonus' instead, which acts on thinking rows."
+        )
+
+
+def _check_aggregation(pipeline: Pipeline, args: GRPOConfig) -> None:
+    if pipeline["shapes"] and args.multi_objective_aggregation != "sum_then_normalize":
+        raise UserError(
+            f"{pipeline['shapes'][0].key}: a shape stage needs the weighted sum of the rewards, which "
+            f"trainer.multi_objective_aggregation={args.multi_objective_aggregation} never forms; set it to "
+            "sum_then_normalize."
         )

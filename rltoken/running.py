@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,8 +209,8 @@ def check_controlled(stage: Stage, settings: Mapping[str, Any], longest: int) ->
         longest: trainer.max_completion_length.
 
     Raises:
-        UserError: no dict, a name that cannot be controlled, a length outside 1 to `longest`, or logits that it did not
-            say it changes or that cannot be changed so.
+        UserError: no dict, a name that cannot be controlled, a length that is no whole number from 1 to `longest`, a
+            clip range that is no number from 0, or logits that it did not say it changes or that cannot be changed so.
     """
     if not isinstance(settings, Mapping):
         raise UserError(f"{stage.key}: the stage returned {reprlib.repr(settings)}; return a dict of settings.")
@@ -216,11 +218,16 @@ def check_controlled(stage: Stage, settings: Mapping[str, Any], longest: int) ->
     if unknown:
         raise UserError(f"{stage.key}: {sorted(unknown)} cannot be controlled; return {', '.join(CONTROLLED)}.")
     length = settings.get("max_completion_length")
+    if length is not None and not isinstance(length, Integral):
+        raise UserError(f"{stage.key}: a completion length of {length!r} is no whole number; return one.")
     if length is not None and not 0 < length <= longest:
         raise UserError(
             f"{stage.key}: a completion length of {length} is outside 1 to trainer.max_completion_length={longest}; "
             "raise that, or lower the schedule."
         )
+    for name in ("epsilon", "epsilon_high"):
+        if name in settings and not (isinstance(settings[name], Real) and 0 <= settings[name] < math.inf):
+            raise UserError(f"{stage.key}: {name}={settings[name]!r} is no finite number from 0; return one.")
     if "logits" in settings:
         if not stage.changes_logits:
             raise UserError(f"{stage.key}: it changes logits unannounced; give it the attribute changes_logits = True.")

@@ -154,7 +154,7 @@ def test_models_and_the_configured_one(cli, two_runs, tmp_path):
         (("runs=[{runs}/brpo]", "eval.budgets=[8,500]"), "eval.budgets: a budget of 500 tokens is more"),
         (("runs=[{runs}/brpo]", "eval.budgets=16"), "eval.budgets: 16 is no list of budgets"),
         (("runs=[{runs}/brpo]", "eval.max_answer_tokens=0"), "eval.max_answer_tokens: 0 is not possible"),
-        (("runs=[{runs}/brpo]", "eval.temperature=nan"), "eval.temperature: nan is not possible; set it to 0 or more"),
+        (("runs=[{runs}/brpo]", "eval.temperature=nan"), "eval.temperature: nan is not possible; set it to a number"),
         (("runs=[{runs}/brpo]", "eval.count=9999"), "eval.count: the evaluation has 9999 problems, and"),
         (("runs=[{runs}/brpo]", "out={runs}/brpo/config.yaml/x"), "config.yaml/x cannot be made (Not a directory)"),
         (("runs={runs}/brpo",), "is no list; write 'runs=[FOLDER,...]'"),

@@ -1,15 +1,18 @@
 """Each rank has a log in the run directory, and ranks that would not run the same refuse to start."""
 
+import hashlib
 import io
 import logging
 import sys
 import threading
 
 import pytest
+from omegaconf import OmegaConf
 
 from rltoken import logs, runs
 from rltoken.errors import UserError
-from rltoken.ranks import differences
+from rltoken.ranks import differences, facts
+from tests.resume import phases
 from tests.resume.phases import started
 from tests.resume.test_preempted_processes import QUICK, TWO
 
@@ -28,6 +31,14 @@ def test_what_differs_is_said_with_its_place():
     assert differences([{"a": 1}, {"a": 1, "code of mine.py": "x" * 64}]) == [
         f"code of mine.py is absent on rank 0, {'x' * 60} on rank 1"
     ]
+
+
+def test_settings_versions_and_the_users_own_code_are_compared():
+    accuracy = {"_target_": "tests.resume.phases.parity"}
+    found = facts(OmegaConf.create({"trainer": {"beta": 0.5}, "reward": {"funcs": {"accuracy": accuracy}}}))
+    assert found["trainer.beta"] == 0.5 and {"version of rltoken", "version of torch"} <= found.keys()
+    with open(phases.__file__, "rb") as source:
+        assert found["code of phases.py"] == hashlib.file_digest(source, "sha256").hexdigest()
 
 
 @pytest.mark.parametrize(

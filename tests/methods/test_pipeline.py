@@ -18,6 +18,8 @@ from rltoken.combinations import check
 from rltoken.errors import UserError
 from rltoken.methods.brpo import brpo, thinking_only
 from rltoken.methods.clip_range import clip_range
+from rltoken.methods.dynamic_sampling import dynamic_sampling
+from rltoken.methods.forced_answer import forced_answer
 from rltoken.methods.hapo_entropy import tempered
 from rltoken.methods.ttrl import majority_vote
 from rltoken.pipeline import SLOTS, Stage, build
@@ -436,6 +438,17 @@ EARLY = {
         {"controls": {"think": functools.partial(thinking_only, budgets=[4, 8], longest=8)}},
         r"method\.controls\.think: sampling stops at the end of thinking, .* add a rows stage",
     ),
+    "rewards before there are answers": (
+        {
+            "controls": {"think": functools.partial(thinking_only, budgets=[4, 8], longest=8)},
+            "rows": {"dynamic": dynamic_sampling},
+        },
+        r"method\.rows\.dynamic: there is no reward yet, .*, by ~method\.controls\.think\.$",
+    ),
+    "thinking replaced where rows have grown from it": (
+        {"rows": {"force": forced_answer, "dynamic": dynamic_sampling}},
+        r"method\.rows\.dynamic: .* must come before method\.rows\.force; .*'\+rows=\[dynamic,force\]'",
+    ),
     "a kind that no row has": (
         {"weights": {"w": functools.partial(lambda mask: mask, kinds=["summary"])}},
         r"method\.weights\.w\.kinds: there are only rows of the kind 'thinking' without a rows stage",
@@ -447,6 +460,14 @@ EARLY = {
     "a reward that a vote replaces": (
         {"shapes": {"short": lambda rewards: rewards, "vote": majority_vote}},
         r"method\.shapes\.short: method\.shapes\.vote comes after it and makes rewards of its own, .* other order",
+    ),
+    "a length in parts of a token": (
+        {"controls": {"half": lambda progress: {"max_completion_length": 8.5}}},
+        r"method\.controls\.half: a completion length of 8\.5 is no whole number",
+    ),
+    "a clip range that is no number": (
+        {"controls": {"clip": lambda progress: {"epsilon": float("nan")}}},
+        r"method\.controls\.clip: epsilon=nan is no finite number from 0",
     ),
     "a control that returns nothing": (
         {"controls": {"none": lambda progress: None}},

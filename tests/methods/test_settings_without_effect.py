@@ -229,11 +229,14 @@ def test_a_history_of_problems_that_come_once_is_warned_of(caplog, problems, set
     assert len(told) == warned and all(text.startswith("method.shapes.hapo_history: ") for text in told)
 
 
-def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path):
+@pytest.mark.parametrize(
+    "overrides", [["+exp=kl_cov", "trainer.num_iterations=1"], ["+exp=campo", "+control=length_schedule"]]
+)
+def test_a_run_is_warned_by_its_trainer_alone(caplog, tmp_path, overrides):
     """Which checks once more, when there is a log: what is checked before anything is loaded refuses only."""
     register_schemas()
     with initialize_config_module("rltoken.conf", version_base="1.3"):
-        cfg = compose("config", overrides=["+exp=kl_cov", "trainer.num_iterations=1"])
+        cfg = compose("config", overrides=overrides)
     with caplog.at_level(logging.WARNING):
         checked(cfg, tmp_path)
     assert not [record for record in caplog.records if record.name == "rltoken.combinations"]

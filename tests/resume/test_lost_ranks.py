@@ -13,7 +13,8 @@ import pytest
 from transformers import Trainer
 from trl import GRPOTrainer
 
-from rltoken import watch
+from rltoken import train, watch
+from rltoken.errors import UserError
 from rltoken.trainer import TokenGRPOTrainer
 from rltoken.watch import Doing, Watch, doing
 
@@ -103,6 +104,14 @@ def test_who_stands_in_an_operation_is_ended_and_says_where_its_peers_are(tmp_pa
         in left[0]
     )
     assert json.loads((tmp_path / "logs/rank1.json").read_text())["operation"] == "all_gather"
+
+
+def test_the_setting_is_how_long_an_operation_may_take(cli, monkeypatch):
+    def watched(run, seconds):
+        raise UserError(f"watched for {seconds} s")
+
+    monkeypatch.setattr(train, "watched", watched)
+    assert "error: watched for 7 s\n" in cli("+exp=grpo", "trainer.ddp_timeout=7").err
 
 
 def test_who_works_or_waits_time_and_again_goes_on(tmp_path, left):

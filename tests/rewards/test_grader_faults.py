@@ -3,6 +3,7 @@
 The graded function is mostly `eval`, so that an item says what is to happen in a worker.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -43,7 +44,10 @@ def make():
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a Python program elsewhere than in the repository; it finds the package by PYTHONPATH only."""
+    """Start a Python program elsewhere than in the repository; it finds the package by PYTHONPATH only.
+
+    Workers that outlive it are killed: they hold its output open, and a test would hang where it is to fail.
+    """
     programs = []
 
     def start(source):
@@ -55,6 +59,7 @@ def start(tmp_path):
     yield start
     for program in programs:
         program.kill()
+        kill_workers_of(program.pid)
         program.communicate()
 
 
@@ -74,6 +79,15 @@ def parent_of(pid):
 
 def children(parent):
     return {int(entry) for entry in os.listdir("/proc") if entry.isdigit() and parent_of(entry) == parent}
+
+
+def kill_workers_of(pid):
+    """Kill the workers that a process has started, wherever they are now."""
+    command = f"{grader.worker.__file__}\0{pid}\0".encode()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            if command in Path(f"/proc/{entry}/cmdline").read_bytes():
+                os.kill(int(entry), signal.SIGKILL)
 
 
 def alive(pids):
